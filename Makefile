@@ -1,0 +1,27 @@
+# Each target is one line that calls a script or a tool. `make` prints help.
+PYTHON ?= $(shell command -v python3.11 || command -v python3 || echo python3.11)
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+
+RUN = $(VENV)/bin/python
+
+.PHONY: help setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:  ## print this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST); echo; echo "Variables: PYTHON=$(PYTHON) VENV=$(VENV) TORCH='$(TORCH)'"
+
+setup:  ## make the virtual environment (mmcv is compiled once: 10 to 20 minutes)
+	@$(PYTHON) tools/setup_env.py --venv '$(VENV)' --torch '$(TORCH)'
+
+demo: setup  ## train and evaluate a small RedNet detector on CPU (about 6 minutes)
+	@$(RUN) tools/demo.py
+
+test: setup  ## run the tests
+	@$(RUN) -m pytest
+
+lint: setup  ## ruff: rules and format
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+clean:  ## remove the virtual environment and build products (the wheel cache stays)
+	@rm -rf '$(VENV)' build dist mmcls_involution.egg-info mmcls_involution/.mim .pytest_cache .ruff_cache
