@@ -1,0 +1,120 @@
+"""Cut the cells of BCCD into a small classification data set.
+
+Input: the output of bccd.py. Output, what configs/bccd_cells/ reads: one
+square crop per box, as long as the box's longer side, in a folder per class:
+
+    data/bccd_cells/{train,val,test}/{RBC,WBC,Platelets}/*.jpg
+
+Example:
+    python tools/dataset_converters/bccd_cells.py data/bccd --out data/bccd_cells
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+from bccd import CLASSES, SPLITS
+from converter_utils import (
+    open_download,
+    read_image,
+    run_converter,
+    staged_output,
+    write_image,
+)
+from rich.progress import track
+
+SOURCE = 'the output of tools/dataset_converters/bccd.py'
+
+
+def square_crop(image: np.ndarray, box: list[float]) -> np.ndarray:
+    """Cut a square around a box, moved to lie inside of the image.
+
+    Args:
+        image (np.ndarray): [H, W, 3].
+        box (list[float]): x, y, w, h, in pixels.
+
+    Returns:
+        np.ndarray: [S, S, 3] with S the longer side of the box, or the shorter
+        side of the image if that is less.
+    """
+    x, y, w, h = box
+    height, width = image.shape[:2]
+    side = min(max(1, round(max(w, h))), height, width)
+    left = min(max(0, round(x + (w - side) / 2)), width - side)
+    top = min(max(0, round(y + (h - side) / 2)), height - side)
+    return image[top : top + side, left : left + side]
+
+
+def read_coco(path: Path) -> dict:
+    """Read an annotation file of bccd.py.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not COCO, has no box, or has an unknown class.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'{path} is missing: expected {SOURCE}')
+    try:
+        coco = json.loads(path.read_text())
+        classes = {category['id']: category['name'] for category in coco['categories']}
+        used = {annotation['category_id'] for annotation in coco['annotations']}
+        empty = not (coco['images'] and coco['annotations'])
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is not a COCO annotation file ({error!r}): expected {SOURCE}'
+        ) from error
+    unknown = sorted(set(classes.values()) - set(CLASSES))
+    unknown += [f'category_id {i}' for i in sorted(used - set(classes))]
+    if unknown:
+        raise ValueError(
+            f'{path} has the unknown class(es) {", ".join(unknown)}: '
+            f'expected {", ".join(CLASSES)}'
+        )
+    if empty:
+        raise ValueError(f'{path} is empty: it has no image or no box')
+    return coco
+
+
+def convert(src: Path, out: Path) -> None:
+    """Cut the boxes of the data set ``src`` into the data set ``out``.
+
+    Raises:
+        OSError, ValueError: If the input is not what it should be; ``out`` is
+            then left as it was.
+    """
+    with (
+        open_download(src, ('images', 'annotations'), SOURCE) as root,
+        staged_output(out, SPLITS) as staging,
+    ):
+        splits = {
+            split: read_coco(root / 'annotations' / f'{split}.json') for split in SPLITS
+        }
+        for split, coco in splits.items():
+            classes = {c['id']: c['name'] for c in coco['categories']}
+            boxes = defaultdict(list)
+            for annotation in coco['annotations']:
+                boxes[annotation['image_id']].append(annotation)
+            counts: Counter[str] = Counter()
+            for info in track(coco['images'], split):
+                path = root / 'images' / info['file_name']
+                image = read_image(path)
+                for annotation in boxes[info['id']]:
+                    cls = classes[annotation['category_id']]
+                    name = f'{path.stem}_{annotation["id"]}.jpg'
+                    crop = square_crop(image, annotation['bbox'])
+                    write_image(staging / split / cls / name, crop)
+                    counts[cls] += 1
+            absent = set(CLASSES) - set(counts)
+            if absent:
+                raise ValueError(
+                    f'the {split} split of {src} has no {", ".join(sorted(absent))}'
+                )
+            print(', '.join(f'{counts[cls]} {cls}' for cls in CLASSES))
+    print(f'Data set is in {out}')
+
+
+if __name__ == '__main__':
+    run_converter(convert, __doc__, 'data/bccd_cells')

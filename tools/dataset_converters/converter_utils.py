@@ -1,0 +1,175 @@
+"""What the converters share: find the download, read it, write all or nothing."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+
+@contextmanager
+def open_download(path: Path, folders: Collection[str], source: str) -> Iterator[Path]:
+    """Give the folder of a download that holds all of ``folders``.
+
+    Args:
+        path (Path): A folder, or a ``.zip`` file of one. The wanted folder may
+            lie up to two levels below, as in an unpacked GitHub archive.
+        folders (Collection[str]): Names of the sub-folders the data consists of.
+        source (str): Where the data comes from, for the error messages.
+
+    Yields:
+        Path: The folder that holds ``folders``; temporary if ``path`` is a zip.
+
+    Raises:
+        FileNotFoundError: If ``path`` does not exist or no folder in it has
+            all the sub-folders.
+        ValueError: If ``path`` is a file but no readable zip.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f'{path} does not exist: expected {source}')
+    with tempfile.TemporaryDirectory() as unpacked:
+        root = path
+        if path.is_file():
+            if not zipfile.is_zipfile(path):
+                raise ValueError(
+                    f'{path} is neither a folder nor a zip file: expected {source}'
+                )
+            print(f'Unpacking {path}', flush=True)
+            shutil.unpack_archive(path, unpacked, 'zip')
+            root = Path(unpacked)
+        candidates = [root, *sorted(root.glob('*/')), *sorted(root.glob('*/*/'))]
+        missing = [
+            [name for name in folders if not (candidate / name).is_dir()]
+            for candidate in candidates
+        ]
+        best = min(range(len(candidates)), key=lambda i: len(missing[i]))
+        if missing[best]:
+            where = path / candidates[best].relative_to(root)
+            raise FileNotFoundError(
+                f'{where} lacks the folder(s) {", ".join(missing[best])}: '
+                f'expected {source}'
+            )
+        yield candidates[best]
+
+
+def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Read an image, or say which file is missing or broken.
+
+    Args:
+        path (Path): Image file.
+        flags (int): OpenCV's read mode. Defaults to colour, BGR.
+
+    Returns:
+        np.ndarray: [H, W, 3], or [H, W] where ``flags`` and the file say so.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be decoded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'image {path} is missing')
+    image = cv2.imread(str(path), flags)
+    if image is None:
+        raise ValueError(
+            f'image {path} cannot be decoded: it is damaged, download it again'
+        )
+    return image
+
+
+def write_image(path: Path, image: np.ndarray, jpeg_quality: int = 95) -> None:
+    """Write an image in the format of its suffix.
+
+    Args:
+        path (Path): File to write; its folder is made if needed.
+        image (np.ndarray): [H, W] or [H, W, 3] BGR, uint8.
+        jpeg_quality (int): For ``.jpg``, 0 to 100. Defaults to 95.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    params = [cv2.IMWRITE_JPEG_QUALITY, jpeg_quality] if path.suffix == '.jpg' else []
+    if not cv2.imwrite(str(path), image, params):
+        raise OSError(f'image {path} cannot be written: is the disk full?')
+
+
+@contextmanager
+def staged_output(out: Path, entries: Collection[str]) -> Iterator[Path]:
+    """Give an empty folder that takes the place of ``out`` if all goes well.
+
+    After an error or Ctrl-C ``out`` is what it was before, so a half-written
+    data set never looks like a whole one.
+
+    Args:
+        out (Path): Folder of the data set.
+        entries (Collection[str]): Names the data set has at its top level. An
+            existing ``out`` with anything else in it is not ours to replace.
+
+    Yields:
+        Path: The folder to write to, beside ``out``.
+
+    Raises:
+        FileExistsError: If ``out`` is a file or holds other things.
+    """
+    out = out.resolve()
+    if out.is_file():
+        raise FileExistsError(f'output {out} is a file: name a folder')
+    others = sorted({p.name for p in out.glob('*')} - set(entries))
+    if others:
+        raise FileExistsError(
+            f'output {out} holds other things ({", ".join(others[:3])}): name '
+            f'a new folder, or one with nothing but {", ".join(sorted(entries))}'
+        )
+    staging = out.with_name(f'.{out.name}.partial')
+    replaced = out.with_name(f'.{out.name}.replaced')
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        shutil.rmtree(replaced, ignore_errors=True)
+        if out.exists():
+            out.rename(replaced)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def run_converter(
+    convert: Callable[[Path, Path], None],
+    description: str,
+    default_out: str,
+) -> None:
+    """Command line of a converter: ``INPUT [--out OUT]``.
+
+    Bad input ends with one line on stderr and exit code 1.
+
+    Args:
+        convert (Callable): Takes the input and the output path.
+        description (str): What the converter does, for ``--help``.
+        default_out (str): Default of ``--out``, the data root of the configs.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument('input', type=Path, help='folder or zip file to read')
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path(default_out),
+        help='folder of the data set to write (default: %(default)s)',
+    )
+    args = parser.parse_args()
+    try:
+        convert(args.input, args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f'error: {error}')
