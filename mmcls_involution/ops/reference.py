@@ -1,0 +1,61 @@
+"""Involution as the paper's pseudo-code writes it: unfold, multiply, sum.
+
+It holds a K*K-fold copy of the input and is slow. It is the oracle of the tests
+and never chosen unless named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
+    n, c = input.shape[:2]
+    g, kh, kw, ho, wo = weight.shape[1:]
+    columns = F.unfold(input, (kh, kw), dilation, padding, stride)
+    return columns.view(n, g, c // g, kh, kw, ho, wo)
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Algorithm 1 of arXiv 2103.06255; arguments as in :func:`involution2d`."""
+    columns = _unfold(input, weight, stride, padding, dilation)
+    return (columns * weight.unsqueeze(2)).sum((3, 4)).flatten(1, 2)
+
+
+def grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
+    g, kh, kw = weight.shape[1:4]
+    columns = grad.unflatten(1, (g, grad.size(1) // g))[:, :, :, None, None]
+    columns = (columns * weight.unsqueeze(2)).flatten(5).flatten(1, 4)
+    return F.fold(columns, input_size, (kh, kw), dilation, padding, stride)
+
+
+def grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
+    columns = _unfold(input, grad.new_empty(weight_shape), stride, padding, dilation)
+    g = weight_shape[1]
+    grad = grad.unflatten(1, (g, grad.size(1) // g))[:, :, :, None, None]
+    return (columns * grad).sum(2)
