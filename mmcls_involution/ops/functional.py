@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference, tap_sum
+from .geometry import memory_format, output_size
 
 BACKEND_VARIABLE = 'MMCLS_INVOLUTION_BACKEND'
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -78,26 +79,6 @@ def _kernels(backend: str, tensor: Tensor) -> ModuleType:
     return BACKENDS[backend].kernels
 
 
-def output_size(
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> tuple[int, int]:
-    """Spatial size of involution's output, the same as a convolution's.
-
-    Every argument is a (height, width) pair in pixels.
-    """
-    height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
-        for size, k, s, p, d in zip(
-            input_size, kernel_size, stride, padding, dilation, strict=True
-        )
-    )
-    return height, width
-
-
 def _pair(name: str, value: int | Sequence[int], lowest: int) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     if len(pair) != 2:
@@ -127,7 +108,8 @@ def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         )
     if weight.device != input.device:
         raise ValueError(
-            f'weight must be on the device of input, {input.device}, got {weight.device}'
+            f'weight must be on the device of input, {input.device}, '
+            f'got {weight.device}'
         )
     n, c, h, w = input.shape
     wn, g, kh, kw, ho, wo = weight.shape
@@ -150,9 +132,9 @@ def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         )
     if ho != expected[0] or wo != expected[1]:
         raise ValueError(
-            f'weight must hold one kernel per output pixel, {expected[0]}x{expected[1]} '
-            f'for input {h}x{w}, kernel {kh}x{kw}, stride {tuple(stride)}, padding '
-            f'{tuple(padding)} and dilation {tuple(dilation)}, got {ho}x{wo}'
+            'weight must hold one kernel per output pixel, '
+            f'{expected[0]}x{expected[1]} for input {h}x{w}, kernel {kh}x{kw}, '
+            f'stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}, got {ho}x{wo}'
         )
 
 
@@ -243,7 +225,7 @@ def _involution2d(
     _check(input, weight, stride, padding, dilation)
     kernels = _kernels(backend, input)
     out = kernels.forward(input, weight, stride, padding, dilation)
-    return out.contiguous(memory_format=_memory_format(input))
+    return out.contiguous(memory_format=memory_format(input))
 
 
 @torch.library.custom_op('mmcls_involution::involution2d_grad_input', mutates_args=())
@@ -258,7 +240,7 @@ def _grad_input(
 ) -> Tensor:
     kernels = _kernels(backend, grad)
     out = kernels.grad_input(grad, weight, input_size, stride, padding, dilation)
-    return out.contiguous(memory_format=_memory_format(grad))
+    return out.contiguous(memory_format=memory_format(grad))
 
 
 @torch.library.custom_op('mmcls_involution::involution2d_grad_weight', mutates_args=())
@@ -276,26 +258,17 @@ def _grad_weight(
     return out.contiguous()
 
 
-def _memory_format(tensor: Tensor) -> torch.memory_format:
-    """channels_last for what is channels_last alone, else contiguous."""
-    if tensor.is_contiguous():
-        return torch.contiguous_format
-    if tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
 @_involution2d.register_fake
 def _(input, weight, stride, padding, dilation, backend):
     _check(input, weight, stride, padding, dilation)
     out = input.new_empty((*input.shape[:2], *weight.shape[4:]))
-    return out.contiguous(memory_format=_memory_format(input))
+    return out.contiguous(memory_format=memory_format(input))
 
 
 @_grad_input.register_fake
 def _(grad, weight, input_size, stride, padding, dilation, backend):
     out = grad.new_empty((*grad.shape[:2], *input_size))
-    return out.contiguous(memory_format=_memory_format(grad))
+    return out.contiguous(memory_format=memory_format(grad))
 
 
 @_grad_weight.register_fake

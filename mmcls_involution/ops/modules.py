@@ -78,13 +78,14 @@ class Involution2d(nn.Module):
                 raise ValueError(f'{name} must be a positive int, got {value!r}')
         if kernel_size % 2 == 0:
             raise ValueError(
-                f'kernel_size must be odd, so that a kernel has a middle; got {kernel_size}'
+                f'kernel_size must be odd, so that a kernel has a middle, got '
+                f'{kernel_size}'
             )
         if channels % group_channels != 0:
             raise ValueError(
-                'channels must be a multiple of group_channels, got '
-                f'{channels} channels in groups of {group_channels}; set group_channels '
-                f'to a divisor of {channels}'
+                f'channels must be a multiple of group_channels, got {channels} '
+                f'channels in groups of {group_channels}; set group_channels to a '
+                f'divisor of {channels}'
             )
         if channels < reduction_ratio:
             raise ValueError(

@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from .geometry import memory_format
+
 
 def _valid_range(size: int, out_size: int, offset: int, stride: int) -> slice:
     """Outputs ``o`` for which ``o * stride + offset`` lies in ``[0, size)``."""
@@ -54,22 +56,19 @@ def _taps(
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """[N, C, H, W] to [N, G, C/G, H, W], half precision as float32; a view if it can."""
+    """[N, C, H, W] to [N, G, C/G, H, W]; half precision as a float32 copy."""
     if x.dtype in (torch.float16, torch.bfloat16):
         x = x.float()
     return x.unflatten(1, (groups, x.size(1) // groups))
 
 
-def _zeros(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """Zeros [N, channels, *size] to sum in, in the memory format of ``like``."""
-    channels_last = like.is_contiguous(memory_format=torch.channels_last)
+def _zeros(like: Tensor, size: Sequence[int]) -> Tensor:
+    """Zeros [N, C, *size] to sum in; batch, channels and format of ``like``."""
     return torch.empty(
-        (like.size(0), channels, *size),
+        (*like.shape[:2], *size),
         dtype=torch.promote_types(like.dtype, torch.float32),
         device=like.device,
-        memory_format=torch.channels_last
-        if channels_last and not like.is_contiguous()
-        else torch.contiguous_format,
+        memory_format=memory_format(like),
     ).zero_()
 
 
@@ -81,13 +80,11 @@ def forward(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
-    groups, size = weight.size(1), weight.shape[4:]
-    out = _zeros(input, input.size(1), size)
-    out_view, x, w = _grouped(out, groups), _grouped(input, groups), weight.unsqueeze(2)
-    for src, tap, dst in _taps(
-        input.shape[2:], weight.shape, stride, padding, dilation
-    ):
-        out_view[dst].addcmul_(x[src], w[tap])
+    groups, w, size = weight.size(1), weight.unsqueeze(2), input.shape[2:]
+    out = _zeros(input, weight.shape[4:])
+    y, x = _grouped(out, groups), _grouped(input, groups)
+    for src, tap, dst in _taps(size, weight.shape, stride, padding, dilation):
+        y[dst].addcmul_(x[src], w[tap])
     return out.to(input.dtype)
 
 
@@ -100,11 +97,11 @@ def grad_input(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
-    groups = weight.size(1)
-    out = _zeros(grad, grad.size(1), input_size)
-    out_view, g, w = _grouped(out, groups), _grouped(grad, groups), weight.unsqueeze(2)
+    groups, w = weight.size(1), weight.unsqueeze(2)
+    out = _zeros(grad, input_size)
+    x, g = _grouped(out, groups), _grouped(grad, groups)
     for src, tap, dst in _taps(input_size, weight.shape, stride, padding, dilation):
-        out_view[src].addcmul_(g[dst], w[tap])
+        x[src].addcmul_(g[dst], w[tap])
     return out.to(grad.dtype)
 
 
@@ -117,11 +114,9 @@ def grad_weight(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
-    groups = weight_shape[1]
+    groups, size = weight_shape[1], input.shape[2:]
     out = grad.new_zeros(weight_shape)
     g, x = _grouped(grad, groups), _grouped(input, groups)
-    for src, tap, dst in _taps(
-        input.shape[2:], weight_shape, stride, padding, dilation
-    ):
+    for src, tap, dst in _taps(size, weight_shape, stride, padding, dilation):
         out[tap] = (g[dst] * x[src]).sum(2)
     return out
