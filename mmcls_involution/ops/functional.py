@@ -134,7 +134,8 @@ def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         raise ValueError(
             'weight must hold one kernel per output pixel, '
             f'{expected[0]}x{expected[1]} for input {h}x{w}, kernel {kh}x{kw}, '
-            f'stride {tuple(stride)}, padding {tuple(padding)} and dilation {tuple(dilation)}, got {ho}x{wo}'
+            f'stride {tuple(stride)}, padding {tuple(padding)} and dilation '
+            f'{tuple(dilation)}, got {ho}x{wo}'
         )
 
 

@@ -1,0 +1,40 @@
+"""Sizes and memory formats, once for checks, fake kernels and every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def output_size(
+    input_size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> tuple[int, int]:
+    """Spatial size of involution's output, the same as a convolution's.
+
+    Every argument is a (height, width) pair in pixels.
+    """
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            input_size, kernel_size, stride, padding, dilation, strict=True
+        )
+    )
+    return height, width
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The format of results made from ``tensor`` [N, C, H, W].
+
+    channels_last for what is that and not contiguous at once, else contiguous.
+    """
+    if not tensor.is_contiguous() and tensor.is_contiguous(
+        memory_format=torch.channels_last
+    ):
+        return torch.channels_last
+    return torch.contiguous_format
