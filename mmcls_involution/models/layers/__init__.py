@@ -1,0 +1,3 @@
+from .involution import Involution2d
+
+__all__ = ['Involution2d']
