@@ -66,18 +66,17 @@ def read_readme() -> str:
 # that replaces torch. `python -m mmcls_involution.doctor` says how to get them.
 MMENGINE = 'mmengine>=0.10.7,<0.11.0'
 EXTRAS = {
-    'det': [MMENGINE, 'mmdet>=3.3.0,<3.4.0'],
+    'det': [MMENGINE, 'mmdet>=3.3.0,<4.0.0'],
     # mmsegmentation imports ftfy and regex and declares neither.
-    'seg': [MMENGINE, 'mmsegmentation>=1.2.2,<1.3.0', 'ftfy', 'regex'],
-    'cls': [MMENGINE, 'mmpretrain>=1.2.0,<1.3.0'],
+    'seg': [MMENGINE, 'mmsegmentation>=1.2.2,<2.0.0', 'ftfy', 'regex'],
+    'cls': [MMENGINE, 'mmpretrain>=1.2.0,<2.0.0'],
     'dev': ['pytest', 'ruff'],
 }
 
 setup(
     name='mmcls_involution',
     version=read_version(),
-    description='Involution and RedNet for MMDetection, MMSegmentation and '
-    'MMPretrain',
+    description='Involution and RedNet for MMDetection, MMSegmentation and MMPretrain',
     long_description=read_readme(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
