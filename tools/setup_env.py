@@ -705,7 +705,11 @@ class Setup:
 
     def check_versions(self) -> None:
         """Refuses a torch out of range before mmcv is compiled for it."""
-        program = 'from mmcls_involution import compat; compat.check_versions()'
+        program = (
+            'from mmcls_involution import compat\n'
+            'compat.SUPPORTED = {"torch": compat.SUPPORTED["torch"]}\n'
+            'compat.check_versions()'
+        )
         try:
             run([self.python, '-c', program], self.log, cwd=ROOT)
         except CommandFailed as error:
