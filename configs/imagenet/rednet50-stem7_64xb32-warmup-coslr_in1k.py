@@ -1,0 +1,4 @@
+# The weights that detectors and segmenters start from.
+_base_ = './rednet50_64xb32-warmup-coslr_in1k.py'
+
+model = dict(backbone=dict(stem_kernel_size=7))
