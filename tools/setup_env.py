@@ -130,8 +130,8 @@ def stop_group(process: subprocess.Popen) -> None:
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signum)
             process.wait(patience)
-            return
-    with contextlib.suppress(ProcessLookupError):
+            break
+    with contextlib.suppress(ProcessLookupError):  # whoever ignored that
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -396,22 +396,16 @@ class BuildProgress:
     """Turns ninja's `[12/77] c++ ...` lines into a count with an estimate."""
 
     def __init__(self) -> None:
-        self.start: float | None = None
+        self.start = time.monotonic()
+        self.text = 'preparing'
 
     def __call__(self, line: str) -> str:
         match = re.match(r'\[(\d+)/(\d+)\] ', line)
-        if not match:
-            return ''
-        done, total = int(match[1]), int(match[2])
-        now = time.monotonic()
-        if self.start is None:
-            # ninja reports a file when it is finished, so the first report
-            # is where the measured rate begins
-            self.start, self.first = now, done
-            return f'compiled {done} of {total} files'
-        rate = (now - self.start) / max(1, done - self.first)
-        left = rate * (total - done)
-        return f'compiled {done} of {total} files, about {clock(left)} left'
+        if match:
+            done, total = int(match[1]), int(match[2])
+            left = (time.monotonic() - self.start) / done * (total - done)
+            self.text = f'compiled {done} of {total} files, about {clock(left)} left'
+        return self.text
 
 
 def device_tag(torch_facts: dict) -> str:
