@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import pickle
 import sys
@@ -81,7 +82,7 @@ def apply() -> None:
         load_weights_only()
 
 
-# --------------------------------------------------------------------------- torchvision
+# -------------------------------------------------------------------------- torchvision
 
 _torchvision_schemas: Any = None  # the registration ends when this object dies
 
@@ -122,23 +123,25 @@ def declare_torchvision_ops() -> None:
     _torchvision_schemas = schemas
 
 
-# ------------------------------------------------------------------------- pkg_resources
+# ------------------------------------------------------------------------ pkg_resources
 
 
 def replace_pkg_resources() -> None:
-    """Let ``_base_ = 'mmdet::...'`` work without ``pkg_resources``.
+    """Find packages for ``_base_ = 'mmdet::...'`` without ``pkg_resources``.
 
-    MMEngine asks it where a package lies; setuptools 82 no longer ships it.
+    MMEngine asks it where a package lies. setuptools 82 no longer ships it, and older
+    ones warn at each use and take long to load.
 
-    Answers https://github.com/open-mmlab/mmengine/pull/1676. Does nothing where
-    ``pkg_resources`` can be imported.
+    Answers https://github.com/open-mmlab/mmengine/pull/1676. Does nothing to an
+    MMEngine that no longer uses ``pkg_resources``.
     """
-    if importlib.util.find_spec('pkg_resources') is not None:
-        return
     import mmengine.config.config
     import mmengine.hub.hub
     import mmengine.utils.package_utils
 
+    stock = mmengine.utils.package_utils.get_installed_path
+    if 'pkg_resources' not in inspect.getsource(stock):
+        return
     for module in (
         mmengine.utils,
         mmengine.utils.package_utils,
@@ -182,7 +185,7 @@ def get_installed_path(package: str) -> str:
     return str(origin.parent)
 
 
-# --------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------- checkpoints
 
 # The checkpoint that Runner.resume is reading: the user named it, or it lies in the
 # run's own work directory.

@@ -1,0 +1,75 @@
+"""Tiny data sets for tests that run the tools; tests/tiny has configs for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COCO_CLASSES = ('square', 'bar')
+
+
+def _rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+@pytest.fixture(scope='session')
+def coco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four noisy 64x64 pictures with a bright square and a dark bar, COCO format."""
+    root, rng = tmp_path_factory.mktemp('coco'), _rng()
+    images, annotations = [], []
+    for i in range(4):
+        picture = rng.integers(90, 160, (64, 64, 3), dtype=np.uint8)
+        boxes = [(8 + 4 * i, 8, 24, 24), (4, 44, 48, 10)]
+        for label, (x, y, w, h) in enumerate(boxes):
+            picture[y : y + h, x : x + w] = 250 if label == 0 else 5
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=i + 1,
+                    category_id=label + 1,
+                    bbox=[x, y, w, h],
+                    area=w * h,
+                    segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    iscrowd=0,
+                )
+            )
+        Image.fromarray(picture).save(root / f'{i}.png')
+        images.append(dict(id=i + 1, file_name=f'{i}.png', width=64, height=64))
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(COCO_CLASSES)]
+    (root / 'ann.json').write_text(
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
+    )
+    return root
+
+
+@pytest.fixture(scope='session')
+def seg_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four 64x64 pictures with label maps of two classes, halves of the picture."""
+    root, rng = tmp_path_factory.mktemp('seg'), _rng()
+    for folder in ('images', 'labels'):
+        (root / folder).mkdir()
+    for i in range(4):
+        labels = np.zeros((64, 64), dtype=np.uint8)
+        labels[16 + 8 * i :] = 1
+        picture = rng.integers(0, 60, (64, 64, 3), dtype=np.uint8)
+        picture += labels[..., None] * np.uint8(150)
+        Image.fromarray(picture).save(root / 'images' / f'{i}.png')
+        Image.fromarray(labels).save(root / 'labels' / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='session')
+def cls_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two folders, one per class, of two 64x64 pictures each."""
+    root, rng = tmp_path_factory.mktemp('cls'), _rng()
+    for label, name in enumerate(('dark', 'light')):
+        (root / name).mkdir()
+        for i in range(2):
+            picture = rng.integers(0, 99, (64, 64, 3), dtype=np.uint8)
+            picture += np.uint8(150 * label)
+            Image.fromarray(picture).save(root / name / f'{i}.png')
+    return root

@@ -1,0 +1,566 @@
+"""What train.py and test.py do before the runner starts: options, checks, errors.
+
+Everything a user can get wrong is looked for here, before a model is built or a weight
+downloaded, and ends in one message (:class:`UserError`) instead of a traceback from
+deep inside a library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import errno
+import importlib.util
+import inspect
+import json
+import logging
+import mmap
+import os
+import pickle
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from mmengine.runner import Runner
+
+from mmcls_involution import compat
+
+PRECEDENCE = (
+    'Where a setting is given twice: flag > --cfg-options > config file > default '
+    '(work_dir: ./work_dirs/<name of the config>).'
+)
+# default_scope -> what pip installs for it
+LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
+DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+
+
+class UserError(Exception):
+    """Something that the person who typed the command can put right."""
+
+
+# ------------------------------------------------------------------------------ options
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that training and testing share."""
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as '
+        'train_dataloader.batch_size=4; a list is written key="[a,b]" or key=a,b, '
+        'without spaces',
+    )
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not pin the memory of the data loaders',
+    )
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='start the data loader workers anew for each epoch',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='how several processes are started; see dist_train.sh',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the flags common to training and testing.
+
+    Args:
+        args: Parsed flags; see :func:`add_common_arguments`.
+
+    Raises:
+        UserError: If the file is missing or not a config, a key is misspelled, or the
+            library it is for is not installed.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    path = Path(args.config)
+    if not path.is_file():
+        raise UserError(f'Config not found: {path}.{_similar_files(path)}')
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f'Cannot read the config {path}: {type(error).__name__}: {error}'
+        ) from error
+
+    options = args.cfg_options or {}
+    known = {*cfg, *_runner_arguments()}
+    for option in options:
+        key = option.split('.')[0]
+        if key not in known:
+            raise UserError(
+                f'--cfg-options {option}: the config has no {key!r}.'
+                + _did_you_mean(key, known)
+            )
+    cfg.merge_from_dict(options)
+    for key in set(cfg) - _runner_arguments():
+        close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
+        if close:
+            raise UserError(
+                f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
+                '(Rename it if it is a variable of yours.)'
+            )
+
+    scope = cfg.setdefault('default_scope', 'mmengine')
+    if scope in LIBRARIES and importlib.util.find_spec(scope) is None:
+        raise UserError(
+            f'{path} is a config of {scope}, which is not installed: '
+            f'pip install "mmcls_involution[{LIBRARIES[scope]}]"'
+        )
+    init_default_scope(scope)
+
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / path.stem)
+    _set_dataloader_defaults(cfg, args)
+    if args.launcher != 'none' and not torch.cuda.is_available():
+        _distribute_on_cpu(cfg)
+    return cfg
+
+
+def _runner_arguments() -> set[str]:
+    """Top-level keys that have a meaning to MMEngine."""
+    return {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
+        'activation_checkpointing',
+        'compile',
+        'custom_imports',
+        'efficient_conv_bn_eval',
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'runner_type',
+        'sync_bn',
+        'tta_model',
+        'tta_pipeline',
+    }
+
+
+def _did_you_mean(word: str, candidates: Any) -> str:
+    close = difflib.get_close_matches(word, [str(c) for c in candidates], 3)
+    return f' Did you mean {" or ".join(close)}?' if close else ''
+
+
+def _similar_files(path: Path) -> str:
+    """Name the config files whose path resembles ``path``."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    if folder == Path():
+        folder = Path('configs')
+    files = [str(file) for file in folder.glob('**/*.py')]
+    return _did_you_mean(str(path), files)
+
+
+def _set_dataloader_defaults(cfg: Config, args: argparse.Namespace) -> None:
+    """Complete the data loaders with what this machine can do."""
+    for name in DATALOADERS:
+        loader = cfg.get(name)
+        if not loader:
+            continue
+        if cfg.default_scope == 'mmpretrain':  # what its own tools/train.py assumes
+            loader.setdefault('pin_memory', True)
+            loader.setdefault('persistent_workers', True)
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+        if args.no_pin_memory or get_device() == 'cpu':
+            loader.pin_memory = False
+        if args.no_persistent_workers or loader.get('num_workers', 0) == 0:
+            loader.persistent_workers = False
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """Let several processes train without a GPU: gloo, and BN in place of SyncBN.
+
+    MMEngine would select a CUDA device and give it to DistributedDataParallel.
+    """
+    if cfg.launcher != 'pytorch':
+        raise UserError(
+            f'--launcher {cfg.launcher} needs a GPU and torch sees none. On CPU, start '
+            'the processes with tools/dist_train.sh or tools/dist_test.sh.'
+        )
+    print_log('No GPU: the processes communicate by gloo, on CPU', level=logging.INFO)
+    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    for _, part in _dicts(cfg.get('model', {})):
+        if part.get('type') == 'SyncBN':
+            part['type'] = 'BN'
+
+
+# ------------------------------------------------------------------------------- checks
+
+
+def check(cfg: Config, splits: tuple[str, ...]) -> None:
+    """Look for what would stop or spoil the run.
+
+    Args:
+        cfg: The complete config.
+        splits: Which of ``train``, ``val`` and ``test`` the run uses.
+
+    Raises:
+        UserError: If a part of the config, a data folder, an annotation file or a
+            checkpoint is missing, if annotated categories do not fit ``classes``, or
+            ``num_classes`` of a head does not fit the data set.
+    """
+    required = {
+        'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+        'val': (),
+        'test': ('test_dataloader', 'test_cfg', 'test_evaluator'),
+    }
+    for key in ('model', *(key for split in splits for key in required[split])):
+        if cfg.get(key) is None:
+            raise UserError(
+                f'The config has no {key!r}.{_did_you_mean(key, cfg)} It may be one '
+                'that others are meant to inherit.'
+            )
+    check_checkpoint(cfg.get('load_from'), 'load_from')
+    if 'train' in splits:
+        for path, part in _dicts(cfg.model, 'model'):
+            if part.get('type') == 'Pretrained':
+                check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint')
+    for split in splits:
+        name = f'{split}_dataloader'
+        for path, dataset in _dicts((cfg.get(name) or {}).get('dataset', {}), name):
+            if {'ann_file', 'data_root', 'data_prefix'} & set(dataset):
+                _check_dataset(cfg, path, dataset)
+        for path, evaluator in _dicts(cfg.get(f'{split}_evaluator'), split):
+            if _is_local(evaluator, evaluator.get('ann_file')):
+                _check_exists(Path(evaluator.ann_file), f'{path}_evaluator.ann_file')
+
+
+def check_checkpoint(path: str | None, what: str) -> None:
+    """Refuse a checkpoint path that names no file; URLs pass.
+
+    Raises:
+        UserError: If ``path`` is a placeholder or a local file that does not exist.
+    """
+    if not path or '://' in str(path):
+        return
+    if re.search(r'path[/_]?to|<.*>', str(path)):
+        raise UserError(
+            f'{what} is a placeholder: {path}. Put the path of your checkpoint there'
+            f'{" (null trains from scratch)" if what != "checkpoint" else ""}.'
+        )
+    _check_exists(Path(path).expanduser(), what)
+
+
+def _check_exists(path: Path, what: str) -> None:
+    if not path.exists():
+        parent = path.absolute().parent
+        while not parent.exists():
+            parent = parent.parent
+        raise UserError(
+            f'{what}: {path} does not exist (the nearest folder that does is {parent}).'
+            ' Put the file or folder there, link it, or point the config elsewhere '
+            'with --cfg-options.'
+        )
+
+
+def _is_local(cfg: dict, path: Any) -> bool:
+    backend = (cfg.get('backend_args') or {}).get('backend', 'local')
+    return (
+        bool(path)
+        and isinstance(path, str)
+        and backend == 'local'
+        and '://' not in path
+    )
+
+
+def _dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+    """All dicts inside ``cfg`` with their dotted paths, outermost first."""
+    if isinstance(cfg, dict):
+        yield path, cfg
+        items: Any = cfg.items()
+    elif isinstance(cfg, (list, tuple)):
+        items = enumerate(cfg)
+    else:
+        return
+    for key, value in items:
+        yield from _dicts(value, f'{path}.{key}' if path else str(key))
+
+
+def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
+    """Check the files, classes and categories of one data set config."""
+    cls = (
+        DATASETS.get(dataset.type)
+        if isinstance(dataset.get('type'), str)
+        else dataset.get('type')
+    )
+    root = dataset.get('data_root') or ''
+    downloads = (
+        cls is not None
+        and dataset.get('download', True)
+        and 'download' in inspect.signature(cls).parameters
+    )
+    prefix = dataset.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        prefix = {'': prefix}
+    if not downloads:
+        for key, part in (
+            ('data_root', ''),
+            ('ann_file', dataset.get('ann_file')),
+            *((f'data_prefix.{k}', v) for k, v in prefix.items()),
+        ):
+            if _is_local(dataset, part or root):
+                _check_exists(
+                    Path(root, part or '').expanduser(), f'{path}.{key}'.rstrip('.')
+                )
+
+    classes = _classes(path, dataset, cls)
+    if classes is None:
+        return
+    ann_file = dataset.get('ann_file')
+    if _is_local(dataset, ann_file) and _loads_as_coco(cls):
+        _check_categories(path, Path(root, ann_file).expanduser(), classes)
+    if 'thing_classes' in getattr(cls, 'METAINFO', {}):
+        return  # panoptic: boxes are of fewer classes than the data set
+    heads = ('bbox_head', 'mask_head', 'decode_head', 'head')
+    for head_path, head in _dicts(cfg.model, 'model'):
+        names = [name for name in head_path.split('.') if not name.isdigit()]
+        number = head.get('num_classes')
+        if (
+            names[-1] in heads
+            and isinstance(number, int)
+            and not head.get('class_agnostic')
+            and number != len(classes)
+        ):
+            raise UserError(
+                f'{head_path}.num_classes is {number}, but {path} has {len(classes)} '
+                f'classes ({", ".join(map(str, classes[:10]))}'
+                f'{", ..." if len(classes) > 10 else ""}). Make them equal: set '
+                'num_classes of the head, or metainfo.classes of the data set.'
+            )
+
+
+def _classes(path: str, dataset: dict, cls: type | None) -> list[str] | None:
+    """Class names of a data set config; None where only its files know them."""
+    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str):
+        if not Path(classes).expanduser().is_file():
+            raise UserError(
+                f'{path}: classes is the text {classes!r}, and no file has that name. '
+                f"A single class is written with a comma: classes=('{classes}',)."
+            )
+        return Path(classes).expanduser().read_text().splitlines()
+    if classes is None:
+        classes = getattr(cls, 'METAINFO', {}).get('classes')
+    return None if classes is None else list(classes)
+
+
+def _loads_as_coco(cls: type | None) -> bool:
+    """Whether the data set reads its categories the way MMDetection's COCO does."""
+    if importlib.util.find_spec('mmdet') is None or not inspect.isclass(cls):
+        return False
+    from mmdet.datasets import CocoDataset
+
+    return getattr(cls, 'load_data_list', None) is CocoDataset.load_data_list
+
+
+def _check_categories(path: str, ann_file: Path, classes: list[str]) -> None:
+    """Compare ``classes`` with the categories of a COCO annotation file.
+
+    MMDetection numbers the labels in the order of the file, and drops without a word
+    the boxes of every category that ``classes`` does not name.
+    """
+    names = read_categories(ann_file)
+    found = [name for name in names if name in classes]
+    if found == classes:
+        return
+    missing = [name for name in classes if name not in names]
+    if missing:
+        problem = f'{", ".join(map(repr, missing))} not among its categories'
+    elif len(found) > len(classes):
+        problem = 'some category appears twice in the file'
+    else:
+        problem = 'the order differs, so the labels would get the wrong names'
+        names = found
+    raise UserError(
+        f'{path}: metainfo.classes does not fit {ann_file}: {problem}. '
+        f'The file has, in this order: {tuple(names)}. Set metainfo.classes to these, '
+        'or to some of them in the same order, and num_classes of the heads to their '
+        'number.'
+    )
+
+
+def read_categories(ann_file: Path) -> list[str]:
+    """Names of the categories of a COCO annotation file, in its order.
+
+    Only that part of the file is parsed: COCO's own is half a gigabyte.
+
+    Raises:
+        UserError: If the file has no list of categories with names.
+    """
+    try:
+        with (
+            ann_file.open('rb') as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            start = re.search(rb'"categories"\s*:\s*(?=\[)', content).end()
+            text = content[start : start + 2**24].decode(errors='ignore')
+        return [item['name'] for item in json.JSONDecoder().raw_decode(text)[0]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f'{ann_file} is not a COCO annotation file: it has no "categories" list '
+            'whose items have a "name".'
+        ) from error
+
+
+# ------------------------------------------------------------------------------ running
+
+
+class WeightsCheck(Hook):
+    """Stop when a checkpoint does not fit the model.
+
+    MMEngine loads what fits and only logs the rest; a model that keeps its random
+    weights would be tested or trained as if nothing had happened. A parameter counts
+    as loaded if torch's version counter of it has moved.
+
+    Args:
+        complete: Whether every parameter must be loaded (testing), or any (training).
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, complete: bool) -> None:
+        self.complete = complete
+        self.versions: dict[str, int] = {}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        self.versions = {n: p._version for n, p in runner.model.named_parameters()}
+
+    def _check(self, runner: Runner) -> None:
+        parameters = dict(runner.model.named_parameters())
+        kept = [n for n, v in self.versions.items() if parameters[n]._version == v]
+        if kept and (self.complete or len(kept) == len(self.versions)):
+            raise UserError(
+                f'The checkpoint {runner._load_from} does not fit the model: '
+                f'{len(kept)} of {len(self.versions)} parameters are not in it, or have'
+                f' another shape: {", ".join(kept[:5])}'
+                f'{", ..." if len(kept) > 5 else ""}. They would keep their random '
+                'values. Use the config that the checkpoint was trained with.'
+            )
+        self.versions = {}
+
+    def before_train(self, runner: Runner) -> None:
+        self._check(runner)
+
+    def before_test(self, runner: Runner) -> None:
+        self._check(runner)
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of the config: its ``runner_type``, or MMEngine's."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+@contextlib.contextmanager
+def one_message_per_error() -> Iterator[None]:
+    """End the program with one message for what the user can put right.
+
+    Other exceptions, which are bugs, keep their traceback.
+    """
+    try:
+        compat.check_versions()
+        yield
+        return
+    except KeyboardInterrupt:
+        sys.exit('Interrupted; training goes on from its last checkpoint with --resume')
+    except (UserError, pickle.UnpicklingError) as error:
+        message = str(error)
+    except ImportError as error:
+        message = (
+            f'{error}\n`python -m mmcls_involution.doctor` checks the installation'
+        )
+    except torch.OutOfMemoryError as error:
+        message = (
+            f'{error}\nTry a smaller train_dataloader.batch_size (--cfg-options), '
+            '--amp, or model.backbone.with_cp=True, which recomputes activations.'
+        )
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+    if torch.distributed.is_initialized():
+        message = f'[rank {torch.distributed.get_rank()}] {message}'
+    sys.exit(f'Error: {message}')
+
+
+def _explain(error: Exception) -> str | None:
+    """A message for an error that the config caused; None for any other."""
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.ENOSPC,
+        errno.EROFS,
+    ):
+        return str(error)
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    builds = [
+        f
+        for f in frames
+        if f.f_code.co_name.endswith('_from_cfg') and 'args' in f.f_locals
+    ]
+    if not builds or not isinstance(
+        error, (AssertionError, KeyError, OSError, TypeError, ValueError)
+    ):
+        return None
+    scope = builds[-1].f_locals
+    registry = scope['registry']
+    kind = scope.get('obj_type', scope.get('scheduler_type'))
+    built = scope.get('obj_cls', scope.get('scheduler_cls'))
+    if isinstance(error, KeyError) and isinstance(kind, str) and built is None:
+        names: set[str] = set()
+        parent = registry
+        while parent is not None:
+            names |= set(parent.module_dict)
+            parent = parent.parent
+        return (
+            f'No {registry.name} is called {kind!r} in {registry.scope}.'
+            f'{_did_you_mean(kind, names)} A class of your own is registered by '
+            'custom_imports in the config.'
+        )
+    where = frames[-1]
+    text = str(error)
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unexpected and unexpected[1] in scope['args'] and inspect.isclass(built):
+        accepted = {
+            name
+            for base in built.__mro__
+            for name in inspect.signature(base.__init__).parameters
+        }
+        return (
+            f'{built.__name__} has no argument {unexpected[1]!r}.'
+            f'{_did_you_mean(unexpected[1], accepted)}'
+        )
+    return (
+        f'Cannot build {getattr(built, "__name__", kind)} from the config: '
+        f'{type(error).__name__}: {text} '
+        f'({where.f_code.co_filename}:{where.f_lineno})'
+    )
