@@ -1,0 +1,184 @@
+"""What an installation brings, what it asks for, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from mmcls_involution import __version__, compat
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ['mmcls_involution', 'configs', 'tools', 'requirements']
+FILES = ['setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'model-index.yml']
+
+
+def python(*arguments: str | Path, cwd: Path) -> str:
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory) -> Path:
+    """A copy of the sources, so that nothing is built inside the repository."""
+    folder = tmp_path_factory.mktemp('clone')
+    for part in PARTS:
+        if (ROOT / part).exists():
+            shutil.copytree(
+                ROOT / part,
+                folder / part,
+                ignore=shutil.ignore_patterns('__pycache__', '.mim'),
+            )
+    for file in FILES:
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def wheel(clone, tmp_path_factory) -> zipfile.ZipFile:
+    out = tmp_path_factory.mktemp('wheel')
+    # what an old build left must not come along
+    left = clone / 'build' / 'lib' / 'mmcls_involution' / '.mim' / 'configs' / 'old.py'
+    left.parent.mkdir(parents=True)
+    left.touch()
+    options = ['--no-deps', '--no-build-isolation', '--no-index', '--quiet']
+    python('-m', 'pip', 'wheel', *options, '-w', out, '.', cwd=clone)
+    (file,) = out.iterdir()
+    assert file.name == f'mmcls_involution-{__version__}-py3-none-any.whl'
+    return zipfile.ZipFile(file)
+
+
+@pytest.fixture(scope='module')
+def metadata(wheel):
+    name = f'mmcls_involution-{__version__}.dist-info/METADATA'
+    return Parser().parsestr(wheel.read(name).decode())
+
+
+def test_wheel_holds_every_module_config_and_tool(wheel, clone):
+    names = set(wheel.namelist())
+    expected = {
+        str(file.relative_to(clone)) for file in clone.glob('mmcls_involution/**/*.py')
+    }
+    for part in ('configs', 'tools'):
+        expected |= {
+            f'mmcls_involution/.mim/{file.relative_to(clone)}'
+            for file in clone.glob(f'{part}/**/*')
+            if file.is_file() and '__pycache__' not in file.parts
+        }
+    packaged = {name for name in names if '.dist-info/' not in name}
+    assert packaged == expected
+    assert 'mmcls_involution/.mim/tools/setup_env.py' in packaged
+
+
+def test_license_field_classifier_and_file_agree(wheel, metadata):
+    assert metadata.get('License-Expression', metadata['License']) == 'Apache-2.0'
+    licenses = [c for c in metadata.get_all('Classifier') if c.startswith('License')]
+    assert licenses == ['License :: OSI Approved :: Apache Software License']
+    (file,) = [name for name in wheel.namelist() if name.endswith('/LICENSE')]
+    assert 'Apache License' in wheel.read(file).decode()
+
+
+def test_plain_install_requires_torch_of_any_version_only(metadata):
+    requirements = list(map(Requirement, metadata.get_all('Requires-Dist')))
+    plain = [str(r) for r in requirements if r.marker is None]
+    assert plain == ['torch']
+    assert set(metadata.get_all('Provides-Extra')) == {'det', 'seg', 'cls', 'dev'}
+
+
+def test_extras_ask_for_the_supported_ranges(metadata):
+    ranges = {}
+    for requirement in map(Requirement, metadata.get_all('Requires-Dist')):
+        if requirement.specifier:
+            ranges[requirement.name] = requirement.specifier
+    expected = {
+        name: SpecifierSet(f'>={lowest},<{highest}')
+        for name, (lowest, highest) in compat.SUPPORTED.items()
+        if name not in ('torch', 'mmcv')
+    }
+    assert ranges == expected
+
+
+def read_pins() -> dict[str, str]:
+    pins = {}
+    for file in (ROOT / 'requirements').glob('*.txt'):
+        for line in file.read_text().splitlines():
+            if line and not line.startswith('#'):
+                name, version = line.split('==')
+                assert name not in pins, f'{name} is pinned twice'
+                pins[name] = version
+    return pins
+
+
+def test_pins_lie_in_the_supported_ranges():
+    pins = read_pins()
+    for name, (lowest, highest) in compat.SUPPORTED.items():
+        assert Version(lowest) <= Version(pins[name]) < Version(highest), name
+    assert Version(pins['setuptools']) < Version('82')
+
+
+def test_makefile_names_the_pinned_torch():
+    makefile = (ROOT / 'Makefile').read_text()
+    (torch,) = re.findall(r'^TORCH \?= (.*)$', makefile, re.MULTILINE)
+    assert torch == f'torch=={read_pins()["torch"]}'
+
+
+def test_install_leaves_this_environment_as_it_is(clone):
+    """`pip install .[...]` finds all it needs at the versions that are here."""
+    options = ['--dry-run', '--no-index', '--no-build-isolation', '--quiet']
+    report = ['--report', clone / 'report.json']
+    requirement = '.[det,seg,cls,dev]'
+    python('-m', 'pip', 'install', *options, *report, requirement, cwd=clone)
+    installs = json.loads((clone / 'report.json').read_text())['install']
+    assert [item['metadata']['name'] for item in installs] == ['mmcls_involution']
+
+
+def test_editable_install_links_configs_and_tools(clone, tmp_path):
+    program = (
+        'import sys; from setuptools import build_meta; '
+        'build_meta.build_editable(sys.argv[1])'
+    )
+    for _ in range(2):  # a second install replaces the links
+        python('-c', program, tmp_path, cwd=clone)
+    mim = clone / 'mmcls_involution' / '.mim'
+    for part in ('configs', 'tools'):
+        assert (mim / part).resolve() == clone / part
+    shutil.rmtree(mim)
+
+
+def test_import_is_light(tmp_path):
+    program = (
+        'import sys, mmcls_involution, mmcls_involution.compat\n'
+        'print([m for m in ("torch", "mmengine", "mmcv", "mmdet", "mmseg", '
+        '"mmpretrain") if m in sys.modules])'
+    )
+    assert python('-c', program, cwd=tmp_path).strip() == '[]'
+
+
+def test_ops_need_torch_alone(tmp_path):
+    program = (
+        'import sys\n'
+        'blocked = ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain", "cv2")\n'
+        'sys.modules.update(dict.fromkeys(blocked))\n'
+        'import torch\n'
+        'from mmcls_involution.ops import Involution2d\n'
+        'print(tuple(Involution2d(16, stride=2)(torch.ones(1, 16, 5, 7)).shape))'
+    )
+    assert python('-c', program, cwd=tmp_path).strip() == '(1, 16, 3, 4)'
