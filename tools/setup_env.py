@@ -148,8 +148,8 @@ def run(
     Args:
         command: The command and its arguments.
         log: File that the full output is appended to.
-        describe: Makes the progress text from a line of output; an empty text
-            leaves the previous one.
+        describe: Makes the progress text from a line of output ('' each second
+            without one); an empty text leaves the previous one.
         keep_open: File descriptors the command inherits. A lock held through
             them lasts until the command itself has ended, even if this process
             is killed.
@@ -179,7 +179,7 @@ def run(
                 if line is not None:
                     print(line, file=log_file, flush=True)
                     output.append(line)
-                    text = describe(line) or text
+                text = describe(line or '') or text
                 progress.show(text)
             process.wait()
         except BaseException:
@@ -397,15 +397,18 @@ class BuildProgress:
 
     def __init__(self) -> None:
         self.start = time.monotonic()
-        self.text = 'preparing'
+        self.count, self.end = '', 0.0
 
     def __call__(self, line: str) -> str:
+        now = time.monotonic()
         match = re.match(r'\[(\d+)/(\d+)\] ', line)
         if match:
             done, total = int(match[1]), int(match[2])
-            left = (time.monotonic() - self.start) / done * (total - done)
-            self.text = f'compiled {done} of {total} files, about {clock(left)} left'
-        return self.text
+            self.count = f'compiled {done} of {total} files'
+            self.end = now + (now - self.start) / done * (total - done)
+        if not self.count:
+            return 'preparing'
+        return f'{self.count}, about {clock(max(0, self.end - now))} left'
 
 
 def device_tag(torch_facts: dict) -> str:

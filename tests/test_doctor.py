@@ -1,0 +1,231 @@
+"""mmcls_involution.doctor: it says what is broken, and never breaks itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+import types
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmcls_involution import doctor
+from mmcls_involution.doctor import FAIL, OK, WARN
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_doctor(python: str | Path = sys.executable, **env: str):
+    """Runs the command; returns its exit code, its rows by name, and its output."""
+    result = subprocess.run(
+        [str(python), '-m', 'mmcls_involution.doctor'],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+    )
+    assert 'Traceback' not in result.stdout + result.stderr
+    rows, name = {}, ''
+    for line in result.stdout.splitlines()[1:-1]:
+        status, title, detail = line[:5].strip(), line[6:30].strip(), line[31:]
+        if status:
+            name = title
+            rows[name] = [status, detail]
+        else:
+            rows[name].append(detail)
+    return result.returncode, rows, result.stdout
+
+
+def test_everything_is_well_here():
+    code, rows, output = run_doctor()
+    assert [name for name, row in rows.items() if row[0] == FAIL] == [], output
+    assert code == 0
+    assert len(rows) == len(doctor.CHECKS)
+
+
+def test_broken_libraries_are_named_with_their_fixes(tmp_path):
+    """Files that come first on the path stand in for broken libraries."""
+    broken = {
+        'cv2.py': 'raise ImportError("libGL.so.1: cannot open shared object file")',
+        'ftfy.py': 'raise ModuleNotFoundError("No module named \'ftfy\'")',
+        # a compiled module that kills the interpreter
+        'pycocotools/_mask.py': 'import os; os.abort()',
+        'pycocotools/__init__.py': '',
+        'torchvision/__init__.py': 'raise RuntimeError("torchvision::nms")',
+    }
+    for name, text in broken.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code, rows, output = run_doctor(PYTHONPATH=str(tmp_path))
+    assert code == 1
+    assert len(rows) == len(doctor.CHECKS), output
+    assert rows['OpenCV'][0] == FAIL
+    assert 'libGL.so.1' in rows['OpenCV'][1]
+    assert 'install --no-deps opencv-python-headless==' in rows['OpenCV'][2]
+    assert rows['ftfy, regex'][0] == FAIL
+    assert 'install ftfy regex' in rows['ftfy, regex'][2]
+    assert rows['torchvision'][0] == FAIL
+    assert rows['numpy'][:1] == [FAIL]
+    assert 'ended the interpreter (SIGABRT)' in rows['numpy'][1]
+    assert rows['involution'][0] == rows['mmcv version'][0] == OK
+
+
+def test_torch_alone(tmp_path):
+    """Nothing but torch: the operator works, the rest is named."""
+    venv.create(tmp_path / 'env', with_pip=False, symlinks=True)
+    version = f'python{sys.version_info[0]}.{sys.version_info[1]}'
+    site = tmp_path / 'env' / 'lib' / version / 'site-packages'
+    needs = ['filelock', 'typing_extensions', 'sympy', 'mpmath', 'networkx', 'jinja2']
+    for module in ['torch', *needs, 'markupsafe', 'fsspec']:
+        spec = importlib.util.find_spec(module)
+        there = Path(spec.origin)
+        there = there.parent if spec.submodule_search_locations else there
+        (site / there.name).symlink_to(there)
+    (site / 'torchgen').symlink_to(Path(torch.__file__).parents[1] / 'torchgen')
+    code, rows, output = run_doctor(tmp_path / 'env/bin/python', PYTHONPATH='')
+    assert code == 1
+    assert len(rows) == len(doctor.CHECKS), output
+    assert rows['torch'][0] == rows['involution'][0] == OK, output
+    for name in ('mmengine version', 'mmcv version', 'mmcv ops', 'OpenCV'):
+        assert rows[name][0] == FAIL
+        assert 'fix: python -m pip install' in rows[name][2]
+    for name in ('mmdet version', 'RedNet in mmdet', 'numpy', 'torchvision'):
+        assert rows[name][0] == WARN
+
+
+# Single checks, with what they look at replaced
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """Replaces the versions that look installed."""
+    found: dict[str, str] = {}
+    monkeypatch.setattr(doctor, 'installed_version', found.get)
+    return found
+
+
+@pytest.mark.parametrize(
+    ('name', 'version', 'status', 'detail', 'fix'),
+    [
+        ('mmcv', '2.2.0', FAIL, 'needed is >=2.0.0rc4,<2.2.0', doctor.BUILD_MMCV),
+        ('mmcv', '2.1.0', OK, '2.1.0', ''),
+        ('mmengine', '0.10.5', FAIL, '>=0.10.7', "'mmengine>=0.10.7,<0.11.0'"),
+        ('mmengine', None, FAIL, 'not installed', "'mmengine>=0.10.7,<0.11.0'"),
+        ('mmdet', None, WARN, 'only for its own tasks', "'mmdet>=3.3.0,<4.0.0'"),
+    ],
+)
+def test_versions(versions, name, version, status, detail, fix):
+    if version:
+        versions[name] = version
+    row = doctor.check_version(name)
+    assert row.status == status
+    assert detail in row.detail
+    assert fix in row.fix
+
+
+def test_mmcv_lite_counts_as_mmcv(versions):
+    versions['mmcv-lite'] = '2.1.0'
+    assert doctor.check_version('mmcv').status == OK
+
+
+@pytest.mark.parametrize(
+    ('error', 'detail'),
+    [
+        ("No module named 'mmcv._ext'", 'without its compiled ops'),
+        ('_ext.so: undefined symbol: _ZN3c106detail', 'built for another torch'),
+    ],
+)
+def test_mmcv_ops_that_do_not_import(monkeypatch, versions, error, detail):
+    def fail(name):
+        raise ImportError(error)
+
+    module = types.ModuleType('mmcv.ops')
+    module.__getattr__ = fail
+    monkeypatch.setitem(sys.modules, 'mmcv.ops', module)
+    versions.update(mmcv='2.1.0')
+    # classification works without the ops, detection and segmentation do not
+    assert doctor.check_mmcv_ops().status == WARN
+    versions.update(mmdet='3.3.0')
+    row = doctor.check_mmcv_ops()
+    assert (row.status, row.fix) == (FAIL, doctor.BUILD_MMCV)
+    assert detail in row.detail
+
+
+def test_mmcv_ops_with_a_wrong_result(monkeypatch):
+    import mmcv.ops
+
+    monkeypatch.setattr(mmcv.ops, 'nms', lambda boxes, *_: (boxes, torch.tensor([0])))
+    row = doctor.check_mmcv_ops()
+    assert (row.status, row.detail) == (FAIL, 'nms kept [0], not [0, 2]')
+
+
+def test_both_opencv_builds(versions):
+    versions.update({'opencv-python': '5.0', 'opencv-python-headless': '5.0'})
+    row = doctor.check_opencv()
+    assert row.status == WARN
+    assert 'uninstall --yes opencv-python opencv-python-headless' in row.fix
+
+
+def test_missing_pkg_resources(monkeypatch):
+    monkeypatch.setattr(doctor.importlib.util, 'find_spec', lambda name: None)
+    row = doctor.check_pkg_resources()
+    assert row.status == WARN
+    assert row.fix.endswith("install 'setuptools<82'")
+
+
+def test_missing_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv('PATH', str(tmp_path))
+    monkeypatch.delenv('CXX', raising=False)
+    assert doctor.check_compiler().status == WARN
+
+
+@pytest.mark.parametrize(
+    ('built_for', 'driver', 'detail'),
+    [
+        (None, True, 'this torch is built for CPU'),
+        ('13.0', False, 'built for CUDA 13.0, no GPU seen'),
+    ],
+)
+def test_gpu_and_torch_that_do_not_meet(monkeypatch, built_for, driver, detail):
+    monkeypatch.setattr(torch.version, 'cuda', built_for)
+    monkeypatch.setattr(torch.version, 'hip', None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    found = '/usr/bin/nvidia-smi' if driver else None
+    monkeypatch.setattr(doctor.shutil, 'which', lambda name: found)
+    row = doctor.check_cuda()
+    assert row.status == WARN
+    assert detail in row.detail
+
+
+def test_checkpoint_that_cannot_be_resumed(monkeypatch):
+    from mmengine.runner import CheckpointLoader
+
+    def refuse(file):
+        raise pickle.UnpicklingError('Weights only load failed')
+
+    monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', refuse)
+    row = doctor.run_check((doctor.check_resume, ()))
+    assert (row.status, row.name) == (FAIL, 'resume')
+    assert 'Weights only load failed' in row.detail
+
+
+def test_error_in_a_check_is_a_row():
+    def check_weather():
+        raise OSError('rain')
+
+    row = doctor.run_check((check_weather, ()))
+    assert (row.status, row.name, row.detail) == (FAIL, 'weather', 'OSError: rain')
+
+
+def test_unregistered_rednet(monkeypatch):
+    from mmdet.registry import MODELS
+
+    monkeypatch.setattr(MODELS, 'get', lambda name: None)
+    row = doctor.check_registry('mmdet')
+    assert (row.status, row.detail) == (FAIL, 'RedNet is not in the registry')
