@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -20,7 +21,8 @@ from mmcls_involution import __version__, compat
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ['mmcls_involution', 'configs', 'tools', 'requirements']
-FILES = ['setup.py', 'pyproject.toml', 'LICENSE', 'README.md', 'model-index.yml']
+FILES = ['setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md']
+FILES += ['model-index.yml']
 
 
 def python(*arguments: str | Path, cwd: Path) -> str:
@@ -86,6 +88,21 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
     packaged = {name for name in names if '.dist-info/' not in name}
     assert packaged == expected
     assert 'mmcls_involution/.mim/tools/setup_env.py' in packaged
+
+
+def test_source_distribution_makes_the_same_wheel(wheel, clone, tmp_path):
+    program = (
+        'import sys; from setuptools import build_meta; '
+        'build_meta.build_sdist(sys.argv[1])'
+    )
+    python('-c', program, tmp_path, cwd=clone)
+    (file,) = tmp_path.glob('*.tar.gz')
+    with tarfile.open(file) as archive:
+        archive.extractall(tmp_path, filter='data')
+    program = program.replace('sdist', 'wheel')
+    python('-c', program, tmp_path, cwd=tmp_path / file.name.removesuffix('.tar.gz'))
+    (file,) = tmp_path.glob('*.whl')
+    assert set(zipfile.ZipFile(file).namelist()) == set(wheel.namelist())
 
 
 def test_license_field_classifier_and_file_agree(wheel, metadata):
