@@ -1,0 +1,259 @@
+import pytest
+import torch
+from mmcv.cnn import fuse_conv_bn
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmcls_involution.models import Involution2d, RedNet
+
+SLIM = dict(depth=26, base_channels=16, stem_channels=32)
+
+
+def involutions(model):
+    return [module for module in model.modules() if isinstance(module, Involution2d)]
+
+
+@pytest.mark.parametrize('spelling', ['RedNet', 'mmcls_involution.RedNet'])
+@pytest.mark.parametrize('scope', ['mmengine', 'mmdet', 'mmseg', 'mmpretrain'])
+def test_every_toolbox_builds_it(spelling, scope):
+    with MODELS.switch_scope_and_registry(scope) as registry:
+        assert isinstance(registry.build(dict(type=spelling, **SLIM)), RedNet)
+
+
+@pytest.mark.parametrize(
+    'depth, millions',
+    # Of the classifiers, from the official README.
+    [(26, 9.23), (38, 12.39), (50, 15.54), (101, 25.65), (152, 33.99)],
+)
+def test_depths_have_the_official_size(depth, millions):
+    with torch.device('meta'):
+        parameters = [*RedNet(depth).parameters(), *nn.Linear(2048, 1000).parameters()]
+    count = sum(parameter.numel() for parameter in parameters)
+    assert count / 1e6 == pytest.approx(millions, abs=0.006)
+
+
+def involution_shapes(prefix, channels, kernel_size):
+    reduced, groups = channels // 4, channels // 16
+    return {
+        f'{prefix}.conv1.conv.weight': (reduced, channels, 1, 1),
+        **norm_shapes(f'{prefix}.conv1.bn', reduced),
+        f'{prefix}.conv2.conv.weight': (groups * kernel_size**2, reduced, 1, 1),
+        f'{prefix}.conv2.conv.bias': (groups * kernel_size**2,),
+    }
+
+
+def norm_shapes(prefix, channels):
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    shapes = {f'{prefix}.{name}': (channels,) for name in names}
+    return {**shapes, f'{prefix}.num_batches_tracked': ()}
+
+
+def official_shapes(stages, stem_kernel_size):
+    """Keys and shapes of the official RedNet, written out by its rules."""
+    shapes = {
+        'stem.0.conv.weight': (32, 3, 3, 3),
+        **norm_shapes('stem.0.bn', 32),
+        **involution_shapes('stem.1', 32, stem_kernel_size),
+        **norm_shapes('stem.2', 32),
+        'stem.4.conv.weight': (64, 32, 3, 3),
+        **norm_shapes('stem.4.bn', 64),
+    }
+    before = 64
+    for stage, number in enumerate(stages, 1):
+        middle = 32 * 2**stage
+        after = 4 * middle
+        for block in range(number):
+            name = f'layer{stage}.{block}'
+            shapes |= {
+                f'{name}.conv1.weight': (middle, before, 1, 1),
+                **norm_shapes(f'{name}.bn1', middle),
+                **involution_shapes(f'{name}.conv2', middle, 7),
+                **norm_shapes(f'{name}.bn2', middle),
+                f'{name}.conv3.weight': (after, middle, 1, 1),
+                **norm_shapes(f'{name}.bn3', after),
+            }
+            if block == 0:
+                shapes |= {
+                    f'{name}.downsample.0.weight': (after, before, 1, 1),
+                    **norm_shapes(f'{name}.downsample.1', after),
+                }
+            before = after
+    return shapes
+
+
+@pytest.mark.parametrize('stem_kernel_size', [3, 7])
+@pytest.mark.parametrize('depth', RedNet.arch_settings)
+def test_state_dict_has_the_official_names_and_shapes(depth, stem_kernel_size):
+    with torch.device('meta'):
+        model = RedNet(depth, stem_kernel_size=stem_kernel_size)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = official_shapes(RedNet.arch_settings[depth], stem_kernel_size)
+    assert shapes == expected
+
+
+@pytest.mark.parametrize('size', [(1, 1), (32, 32), (33, 47), (65, 30)])
+@pytest.mark.parametrize('style', ['pytorch', 'caffe'])
+def test_levels_of_every_size(size, style):
+    model = RedNet(**SLIM, out_indices=(0, 1, 2, 3), style=style).eval()
+    levels = model(torch.randn(2, 3, *size))
+    assert isinstance(levels, tuple)
+    for i, level in enumerate(levels):
+        stride = 4 * 2**i
+        expected = (2, 64 * 2**i, *(-(-side // stride) for side in size))
+        assert tuple(level.shape) == expected
+
+
+@pytest.mark.parametrize('avg_down', [False, True])
+def test_dilation_keeps_the_resolution(avg_down):
+    model = RedNet(
+        **SLIM,
+        strides=(1, 2, 1, 1),
+        dilations=(1, 1, 2, 4),
+        out_indices=(1, 3),
+        avg_down=avg_down,
+    ).eval()
+    shallow, deep = model(torch.randn(1, 3, 65, 50))
+    assert shallow.shape[2:] == deep.shape[2:] == (9, 7)
+    assert [module.dilation for module in involutions(model.layer4)] == [4]
+
+
+def test_every_parameter_is_trained():
+    model = RedNet(**SLIM)
+    model.init_weights()
+    nn.init.ones_(model.layer1[0].bn3.weight)
+    for name in ('layer2', 'layer3', 'layer4'):
+        for block in getattr(model, name):
+            nn.init.ones_(block.bn3.weight)
+    model(torch.randn(2, 3, 64, 48))[0].square().mean().backward()
+    without = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert without == []
+
+
+@pytest.mark.parametrize('frozen_stages', range(-1, 5))
+def test_frozen_stages(frozen_stages):
+    model = RedNet(**SLIM, frozen_stages=frozen_stages).train()
+    stages = [model.stem, model.layer1, model.layer2, model.layer3, model.layer4]
+    for i, stage in enumerate(stages):
+        frozen = i <= frozen_stages
+        assert all(p.requires_grad != frozen for p in stage.parameters())
+        assert all(module.training != frozen for module in stage.modules())
+
+
+def test_norm_eval_reaches_the_involutions():
+    model = RedNet(**SLIM, norm_eval=True).train()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert norms and not any(norm.training for norm in norms)
+    assert model.training and model.layer1.training
+
+
+def test_with_cp_gives_the_same_gradients():
+    torch.manual_seed(0)
+    model = RedNet(**SLIM).double()
+    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
+    gradients = []
+    for with_cp in (False, True):
+        for module in model.modules():
+            if hasattr(module, 'with_cp'):
+                module.with_cp = with_cp
+        model.zero_grad()
+        model(x)[0].sum().backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_norm_cfg_reaches_the_involutions_unless_they_have_their_own():
+    norm_cfg = dict(type='GN', num_groups=2)
+    model = RedNet(**SLIM, norm_cfg=norm_cfg)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    model = RedNet(
+        **SLIM, norm_cfg=norm_cfg, involution_cfg=dict(norm_cfg=dict(type='BN'))
+    )
+    for involution in involutions(model):
+        assert isinstance(involution.conv1.bn, nn.BatchNorm2d)
+    assert isinstance(model.stem[2], nn.BatchNorm2d)
+    assert isinstance(model.layer1[0].bn2, nn.GroupNorm)
+
+
+def test_involution_cfg_reaches_every_involution():
+    cfg = dict(kernel_size=5, group_channels=8, reduction_ratio=2)
+    model = RedNet(**SLIM, stem_kernel_size=3, involution_cfg=cfg)
+    stem, *others = involutions(model)
+    assert stem.kernel_size == 3 and {m.kernel_size for m in others} == {5}
+    assert {m.group_channels for m in involutions(model)} == {8}
+    assert {m.reduction_ratio for m in involutions(model)} == {2}
+
+
+def test_blocks_start_as_the_identity():
+    for zero in (True, False):
+        model = RedNet(**SLIM, zero_init_residual=zero)
+        model.init_weights()
+        assert (model.layer1[0].bn3.weight == (0 if zero else 1)).all()
+
+
+def test_fuse_conv_bn_keeps_the_output():
+    model = RedNet(**SLIM).eval()
+    x = torch.randn(1, 3, 40, 33)
+    expected = model(x)[0]
+    fused = fuse_conv_bn(model)
+    assert isinstance(fused.layer1[0].conv2.conv1.bn, nn.Identity)
+    torch.testing.assert_close(fused(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    state = {f'backbone.{k}': v for k, v in RedNet(**SLIM).state_dict().items()}
+    torch.save(dict(state_dict=state), tmp_path / 'classifier.pth')
+    return str(tmp_path / 'classifier.pth')
+
+
+def test_pretrained_weights_are_loaded(checkpoint):
+    model = RedNet(
+        **SLIM,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
+    )
+    model.init_weights()
+    theirs = torch.load(checkpoint)['state_dict']
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, theirs[f'backbone.{name}'])
+
+
+def test_pretrained_weights_under_another_prefix_are_refused(checkpoint):
+    model = RedNet(**SLIM, init_cfg=dict(type='Pretrained', checkpoint=checkpoint))
+    with pytest.raises(ValueError, match='no weights of RedNet under the prefix None'):
+        model.init_weights()
+
+
+def test_weights_for_another_stem_are_refused(checkpoint):
+    model = RedNet(
+        **SLIM,
+        stem_kernel_size=7,
+        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
+    )
+    with pytest.raises(ValueError, match='stem_kernel_size=3, the official detection'):
+        model.init_weights()
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'depth': 18}, r'depth must be one of \[26, 38, 50, 101, 152\], got 18'),
+        ({'num_stages': 5}, 'num_stages must be 1, 2, 3 or 4, got 5'),
+        ({'strides': (1, 2)}, r'strides must have one entry per stage, 4, got \(1, 2'),
+        ({'dilations': (1,)}, 'dilations must have one entry per stage'),
+        ({'out_indices': (4,)}, r'stages from 0 to 3, got \(4,\)'),
+        ({'out_indices': (-1,)}, r'stages from 0 to 3, got \(-1,\)'),
+        ({'out_indices': ()}, r'stages from 0 to 3, got \(\)'),
+        ({'style': 'tensorflow'}, "'pytorch' or 'caffe', got 'tensorflow'"),
+        ({'frozen_stages': 5}, 'frozen_stages must be -1 to 4, got 5'),
+        ({'stem_channels': 33}, 'stem_channels must be even, got 33'),
+        ({'base_channels': 24}, 'multiple of group_channels, got 24'),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RedNet(**{**SLIM, **arguments})
