@@ -340,8 +340,10 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     ann_file = dataset.get('ann_file')
     if _is_local(dataset, ann_file) and _loads_as_coco(cls):
         _check_categories(path, Path(root, ann_file).expanduser(), classes)
-    if 'thing_classes' in getattr(cls, 'METAINFO', {}):
-        return  # panoptic: boxes are of fewer classes than the data set
+    # Panoptic boxes are of fewer classes than the data set; models that read the class
+    # names as text count its tokens.
+    if 'thing_classes' in getattr(cls, 'METAINFO', {}) or 'language_model' in cfg.model:
+        return
     heads = ('bbox_head', 'mask_head', 'decode_head', 'head')
     for head_path, head in _dicts(cfg.model, 'model'):
         names = [name for name in head_path.split('.') if not name.isdigit()]

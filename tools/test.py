@@ -187,7 +187,8 @@ def main() -> None:
         metrics = runner.test()
         if args.out and args.out_item == 'metrics' and is_main_process():
             mmengine.dump(metrics, args.out)
-        for what, path in (('Predictions', args.out), ('Pictures', args.show_dir)):
+        saved = 'Predictions' if args.out_item == 'pred' else 'Metrics'
+        for what, path in ((saved, args.out), ('Pictures', args.show_dir)):
             if path:
                 print_log(f'{what}: {path}', logger='current')
 
