@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,12 +32,15 @@ OK, WARN, FAIL = 'ok', 'warn', 'FAIL'
 TIMEOUT_SECONDS = 300
 ROW_MARK = '\x1erow '  # begins the child's own lines among what libraries print
 
-PIP = f'{Path(sys.executable).name} -m pip'
+# The name by which a shell finds this Python, else its path.
+PYTHON = 'python' if shutil.which('python') == sys.executable else sys.executable
+PIP = f'{shlex.quote(PYTHON)} -m pip'
 # --no-cache-dir: pip's own cache of built wheels forgets which torch they fit.
 BUILD_MMCV = (
     f"{PIP} install 'setuptools<82' wheel ninja psutil && {PIP} install --no-deps "
     '--no-build-isolation --no-cache-dir --force-reinstall mmcv==2.1.0'
 )
+MEND = 'make setup  # or mend what the message names'
 # The toolboxes: distribution -> module.
 TOOLBOXES = {'mmdet': 'mmdet', 'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
 
@@ -274,14 +278,20 @@ def check_cuda() -> Row:
 def check_torchvision() -> Row:
     name = 'torchvision'
     version = installed_version(name)
+    if importlib.util.find_spec('torch') is None:
+        return Row(WARN, name, 'torch is not installed')
+    import torch
+
+    # torchvision 0.(n+15).p is made for torch 2.n.p
+    minor, patch = torch.__version__.partition('+')[0].split('.')[1:3]
+    matching = f'torchvision==0.{int(minor) + 15}.{patch}'
     if version is None:
         return Row(
             WARN,
             name,
             'not installed: mmpretrain needs it',
-            f'{PIP} install --no-deps torchvision==0.28.0  # for torch 2.13.0',
+            f'{PIP} install --no-deps {matching}',
         )
-    import torch
 
     compat.declare_torchvision_ops()
     try:
@@ -292,8 +302,7 @@ def check_torchvision() -> Row:
             name,
             f'{version} does not import beside torch {torch.__version__}: '
             f'{first_line(error)}',
-            f'{PIP} install --no-deps --force-reinstall torchvision  '
-            '# the version and index that match torch',
+            f'{PIP} install --no-deps --force-reinstall {matching}',
         )
     if extension._has_ops():
         return Row(OK, name, f'{version} fits torch {torch.__version__}')
@@ -386,7 +395,7 @@ def check_registry(distribution: str) -> Row:
         importlib.import_module('mmcls_involution.models')
         models = importlib.import_module(f'{module}.registry').MODELS
     except Exception as error:
-        return Row(FAIL, name, first_line(error), 'the fix of the first FAIL above')
+        return Row(FAIL, name, first_line(error), MEND)
     for type_name in ('RedNet', 'mmcls_involution.RedNet'):
         if models.get(type_name) is None:
             return Row(
@@ -448,7 +457,7 @@ def run_check(check: Check) -> Row:
             FAIL,
             title(check),
             first_line(error),
-            'make setup  # or mend what the message names',
+            MEND,
         )
 
 

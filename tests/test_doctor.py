@@ -94,9 +94,10 @@ def test_torch_alone(tmp_path):
     assert rows['torch'][0] == rows['involution'][0] == OK, output
     for name in ('mmengine version', 'mmcv version', 'mmcv ops', 'OpenCV'):
         assert rows[name][0] == FAIL
-        assert 'fix: python -m pip install' in rows[name][2]
+        assert f'fix: {tmp_path}/env/bin/python -m pip install' in rows[name][2]
     for name in ('mmdet version', 'RedNet in mmdet', 'numpy', 'torchvision'):
         assert rows[name][0] == WARN
+    assert 'torchvision==0.' in rows['torchvision'][2]
 
 
 # Single checks, with what they look at replaced

@@ -119,14 +119,14 @@ def test_tested_torch_is_constrained_and_another_is_not(setup, tmp_path):
 
 def test_changed_torch_request_replaces_the_installed_one(setup, tmp_path):
     install(setup.site, torch='2.13.0+cpu')
-    setup.write_stamp(torch_request='torch==2.13.0', mmcv_for_torch='2.13.0+cpu')
+    setup.write_stamp(torch_request='torch==2.13.0', mmcv_built_for=['2.13.0+cpu', ''])
     setup.install_torch()
     assert setup.calls == []
     setup.torch, setup.torch_words = 'torch==2.12.1', ['torch==2.12.1']
     setup.install_torch()
     assert [call[0] for call in setup.calls] == ['uninstall', 'install']
     # the ops compiled for the former torch do not count any more
-    assert setup.read_stamp()['mmcv_for_torch'] is None
+    assert setup.read_stamp()['mmcv_built_for'] is None
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,19 @@ def test_disk_space_is_summed_over_a_file_system(monkeypatch, tmp_path):
     needs[tmp_path / 'cache'] = 1 * setup_env.GIB
     with pytest.raises(setup_env.SetupError, match=r'4\.0 GiB, 3\.5 GiB are free'):
         setup_env.check_disk(needs)
+
+
+def test_folder_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(setup_env.os, 'access', lambda path, mode: False)
+    with pytest.raises(setup_env.SetupError, match='cannot be written'):
+        setup_env.check_disk({tmp_path / 'new': 1})
+
+
+def test_error_of_the_system_is_one_message(monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['setup_env', '--venv', '/dev/null/x/.venv'])
+    monkeypatch.setattr(setup_env.signal, 'signal', lambda *_: None)
+    assert setup_env.main() == 1
+    assert 'set-up stopped: [Errno 20] Not a directory' in capsys.readouterr().err
 
 
 def test_folder_that_is_no_environment_is_left_alone(tmp_path):
@@ -328,11 +341,15 @@ def test_jobs_are_bounded_by_cpus_memory_and_the_user(monkeypatch):
     ],
 )
 def test_device_needs_cuda_torch_and_its_nvcc(monkeypatch, tmp_path, cuda, nvcc, tag):
+    monkeypatch.setenv('CUDA_HOME', str(tmp_path))
+    monkeypatch.setenv('PATH', '/bin')
     monkeypatch.delenv('TORCH_CUDA_ARCH_LIST', raising=False)
+    script = tmp_path / 'bin' / 'nvcc'
     if nvcc:
-        make_script(tmp_path / 'bin' / 'nvcc', f'echo "tools, release {nvcc}, V{nvcc}"')
-    facts = {'hip': None, 'cuda': cuda, 'cuda_home': str(tmp_path), 'archs': ['9.0']}
-    assert setup_env.device_tag(facts) == tag
+        make_script(script, f'echo "tools, release {nvcc}, V{nvcc}"')
+        assert setup_env.find_nvcc() == str(script)
+    facts = {'hip': None, 'cuda': cuda, 'archs': ['9.0']}
+    assert setup_env.device_tag(facts, str(script) if nvcc else '') == tag
 
 
 def test_only_a_whole_wheel_with_ops_counts(tmp_path):
@@ -355,7 +372,7 @@ def test_cached_wheel_makes_the_compiler_needless(setup, monkeypatch):
     setup.check_machine()
 
 
-FACTS = {'version': '2.13.0', 'hip': None, 'cuda': None, 'cuda_home': None, 'archs': []}
+FACTS = {'version': '2.13.0', 'hip': None, 'cuda': None, 'archs': []}
 
 
 @pytest.fixture
@@ -368,7 +385,7 @@ def build(setup, monkeypatch, tmp_path):
         (folder / 'mmcv-2.1.0' / 'dist').mkdir(parents=True, exist_ok=True)
         make_script(setup.python, script)
         with setup_env.lock(folder, 'nobody') as handle:
-            return setup.build_mmcv(folder, 'cpu', FACTS, handle)
+            return setup.build_mmcv(folder, 'cpu', FACTS, '', handle)
 
     run.folder = folder
     return run
@@ -445,6 +462,27 @@ def is_running(pid: int) -> bool:
             Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
         )
     return False
+
+
+@pytest.mark.parametrize('change', ['nothing', 'torch', 'nvcc', 'mmcv'])
+def test_mmcv_is_installed_again_when_what_it_fits_changes(setup, monkeypatch, change):
+    key = setup_env.wheel_key('2.1.0', '2.13.0', 'cpu')
+    wheel = make_wheel(setup_env.cache_dir() / key / 'mmcv-2.1.0-cp311.whl')
+    monkeypatch.setattr(setup, 'check_versions', lambda: None)
+    monkeypatch.setattr(setup, 'torch_facts', lambda: FACTS)
+    monkeypatch.setattr(setup_env, 'find_nvcc', lambda: '')
+    install(setup.site, torch='2.13.0')
+    setup.install_mmcv()
+    expected = ['install', '--no-deps', '--force-reinstall', str(wheel)]
+    assert setup.calls.pop() == expected
+    if change != 'mmcv':
+        install(setup.site, mmcv='2.1.0')
+    if change == 'torch':
+        setup.write_stamp(mmcv_built_for=None)
+    if change == 'nvcc':
+        monkeypatch.setattr(setup_env, 'find_nvcc', lambda: '/usr/bin/nvcc')
+    setup.install_mmcv()
+    assert setup.calls == ([] if change == 'nothing' else [expected])
 
 
 # OpenCV

@@ -346,7 +346,7 @@ def find_compiler() -> str:
 
 
 def check_disk(needs: dict[Path, float]) -> None:
-    """Raises SetupError if a file system has too little room.
+    """Raises SetupError if a folder cannot be written or has too little room.
 
     Args:
         needs: Bytes needed by folder; folders need not exist yet.
@@ -356,6 +356,11 @@ def check_disk(needs: dict[Path, float]) -> None:
         there = folder.absolute()
         while not there.exists():
             there = there.parent
+        if not os.access(there, os.W_OK):
+            raise SetupError(
+                f'{folder} cannot be written. Name another place: make setup '
+                'VENV=/other/disk/venv XDG_CACHE_HOME=/other/disk/cache'
+            )
         entry = by_device.setdefault(there.stat().st_dev, [there, 0.0, []])
         entry[1] += amount
         entry[2].append(str(folder))
@@ -411,20 +416,26 @@ class BuildProgress:
         return f'{self.count}, about {clock(max(0, self.end - now))} left'
 
 
-def device_tag(torch_facts: dict) -> str:
+def find_nvcc() -> str:
+    """Returns CUDA's compiler, where torch looks for it too; '' if there is none."""
+    for home in (os.environ.get('CUDA_HOME'), os.environ.get('CUDA_PATH')):
+        if home and shutil.which('nvcc', path=Path(home, 'bin')):
+            return str(Path(home, 'bin', 'nvcc'))
+    return (
+        shutil.which('nvcc') or shutil.which('nvcc', path='/usr/local/cuda/bin') or ''
+    )
+
+
+def device_tag(torch_facts: dict, nvcc: str) -> str:
     """Returns what mmcv's ops are compiled for: cpu, rocm..., cu130-9.0 ...
 
     CUDA needs a CUDA torch and an nvcc of the same major version.
     """
     if torch_facts['hip']:
         return f'rocm{torch_facts["hip"]}'
-    if not (torch_facts['cuda'] and torch_facts['cuda_home']):
+    if not (torch_facts['cuda'] and nvcc):
         return 'cpu'
-    nvcc = Path(torch_facts['cuda_home'], 'bin', 'nvcc')
-    try:
-        report = subprocess.run([nvcc, '--version'], capture_output=True, text=True)
-    except OSError:
-        return 'cpu'
+    report = subprocess.run([nvcc, '--version'], capture_output=True, text=True)
     release = re.search(r'release (\d+)\.', report.stdout)
     if not release or release[1] != torch_facts['cuda'].split('.')[0]:
         return 'cpu'
@@ -502,6 +513,8 @@ class Setup:
             'versions': {name: installed.get(name) for name in sorted(pins)},
             'opencv-python-headless': headless,
             'package': installed.get('mmcls-involution'),
+            'configs': (ROOT / 'mmcls_involution' / '.mim' / 'configs').exists(),
+            'nvcc': find_nvcc(),
         }
 
     def is_finished(self) -> bool:
@@ -515,10 +528,11 @@ class Setup:
     def installed(self) -> dict[str, str]:
         return installed_versions(self.site)
 
-    def pip(self, *arguments: str | Path, env: dict | None = None) -> None:
+    def pip(self, *arguments: str | Path) -> None:
         """Runs pip of the environment; its failures become SetupError."""
         command = [self.python, '-m', 'pip', '--disable-pip-version-check']
-        env = {**os.environ, 'PYTHONUNBUFFERED': '1', **(env or {})}
+        # a user's `--user` setting would be refused inside an environment
+        env = {**os.environ, 'PYTHONUNBUFFERED': '1', 'PIP_USER': '0'}
         try:
             run(
                 [*command, *arguments],
@@ -654,7 +668,7 @@ class Setup:
         if f'torch=={tested}' in self.torch_words:
             constraints = ['--constraint', REQUIREMENTS / 'torch.txt']
         self.pip('install', *self.torch_words, *constraints)
-        self.write_stamp(torch_request=self.torch, mmcv_for_torch=None)
+        self.write_stamp(torch_request=self.torch, mmcv_built_for=None)
 
     def install_torchvision(self) -> None:
         """Installs the torchvision made for this torch.
@@ -685,11 +699,10 @@ class Setup:
     def torch_facts(self) -> dict:
         program = (
             'import json, torch\n'
-            'from torch.utils.cpp_extension import CUDA_HOME\n'
             'gpus = range(torch.cuda.device_count())\n'
             'archs = {"%d.%d" % torch.cuda.get_device_capability(i) for i in gpus}\n'
             'print(json.dumps(dict(version=torch.__version__, hip=torch.version.hip,'
-            ' cuda=torch.version.cuda, cuda_home=CUDA_HOME, archs=sorted(archs))))'
+            ' cuda=torch.version.cuda, archs=sorted(archs))))'
         )
         try:
             lines = run([self.python, '-c', program], self.log, cwd=self.venv)
@@ -717,29 +730,34 @@ class Setup:
 
     def install_mmcv(self) -> None:
         installed = self.installed()
-        if installed.get('mmcv') == self.mmcv and self.mmcv_origin():
-            stamp = self.read_stamp()
-            if stamp.get('mmcv_for_torch') == installed['torch']:
-                return
+        nvcc = find_nvcc()
+        built_for = [installed['torch'], nvcc]
+        if (
+            installed.get('mmcv') == self.mmcv
+            and self.read_stamp().get('mmcv_built_for') == built_for
+        ):
+            return
         self.check_versions()
         facts = self.torch_facts()
-        device = device_tag(facts)
+        device = device_tag(facts, nvcc)
         if facts['cuda'] and device == 'cpu':
             print(
                 f'      torch is built for CUDA {facts["cuda"]}, but no nvcc of that '
-                "version is here: mmcv's ops are built for CPU only"
+                "version is here: mmcv's ops are built for CPU only, and detectors "
+                'will not run on a GPU. Install that CUDA toolkit and run make setup '
+                'again to change it'
             )
         folder = cache_dir() / wheel_key(self.mmcv, facts['version'], device)
         folder.mkdir(parents=True, exist_ok=True)
         with lock(folder, 'another set-up that builds the same wheel') as handle:
             wheel = find_wheel(folder)
             if wheel is None:
-                wheel = self.build_mmcv(folder, device, facts, handle)
+                wheel = self.build_mmcv(folder, device, facts, nvcc, handle)
             else:
                 print(f'      from the cache: {folder}')
             if str(wheel) != self.mmcv_origin() or 'mmcv' not in installed:
                 self.pip('install', '--no-deps', '--force-reinstall', wheel)
-        self.write_stamp(mmcv_for_torch=installed['torch'])
+        self.write_stamp(mmcv_built_for=built_for)
 
     def mmcv_origin(self) -> str:
         """Returns the wheel file the installed mmcv came from, '' if unknown."""
@@ -749,7 +767,9 @@ class Setup:
             return urllib.parse.unquote(urllib.parse.urlsplit(url).path)
         return ''
 
-    def build_mmcv(self, folder: Path, device: str, facts: dict, handle: int) -> Path:
+    def build_mmcv(
+        self, folder: Path, device: str, facts: dict, nvcc: str, handle: int
+    ) -> Path:
         """Builds mmcv with ops; what is compiled stays if it is interrupted."""
         compiler = find_compiler()
         jobs = count_jobs()
@@ -767,7 +787,7 @@ class Setup:
         env.update(CXX=compiler, CFLAGS='-O2 -g0', PYTHONUNBUFFERED='1')
         env['PATH'] = f'{self.python.parent}{os.pathsep}{env["PATH"]}'  # ninja
         if device.startswith('cu'):
-            env.update(FORCE_CUDA='1', CUDA_HOME=facts['cuda_home'])
+            env.update(FORCE_CUDA='1', CUDA_HOME=str(Path(nvcc).parents[1]))
             if facts['archs']:
                 env.setdefault('TORCH_CUDA_ARCH_LIST', ';'.join(facts['archs']))
         elif device == 'cpu':
@@ -924,6 +944,13 @@ def main() -> int:
         Setup(args.venv, args.torch)()
     except SetupError as error:
         print(f'\nset-up stopped: {error}', file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(
+            f'\nset-up stopped: {error}. Mend that, then run make setup again: it '
+            'goes on from here.',
+            file=sys.stderr,
+        )
         return 1
     except Stopped as stopped:
         print(
