@@ -1,4 +1,4 @@
-# Mask R-CNN with a RedNet-26 of a quarter of the channels, on 128x128 drawings
+# Mask R-CNN with a RedNet-26 of a quarter of the channels, on drawings
 # (tools/dataset_converters/shapes.py). Small enough to train on a CPU in minutes.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
@@ -13,7 +13,6 @@ model = dict(
         depth=26,
         base_channels=16,
         stem_channels=32,
-        stem_kernel_size=7,
         out_indices=(0, 1, 2, 3),
         norm_cfg=dict(type='BN'),
     ),
@@ -42,10 +41,10 @@ model = dict(
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
-        rpn_proposal=dict(nms_pre=500, max_per_img=100),
+        rpn_proposal=dict(nms_pre=200, max_per_img=100),
         rcnn=dict(sampler=dict(num=32)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=100)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
 )
 
 data_root = '{{$SHAPES_ROOT:data/shapes}}'
@@ -53,6 +52,8 @@ metainfo = dict(
     classes=('circle', 'square', 'triangle', 'star'),
     palette=[(66, 133, 244), (234, 67, 53), (251, 188, 5), (52, 168, 83)],
 )
+image_scale = (128, 128)
+
 train_dataloader = dict(
     batch_size=4,
     num_workers=1,
@@ -67,6 +68,7 @@ train_dataloader = dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
+            dict(type='Resize', scale=image_scale),
             dict(
                 type='RandomFlip',
                 prob=[0.25, 0.25, 0.25],
@@ -90,7 +92,7 @@ val_dataloader = dict(
         test_mode=True,
         pipeline=[
             dict(type='LoadImageFromFile'),
-            dict(type='Resize', scale=(128, 128)),
+            dict(type='Resize', scale=image_scale),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(type='PackDetInputs'),
         ],
@@ -104,7 +106,8 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 12
+max_epochs = 8
+randomness = dict(seed=0)
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')

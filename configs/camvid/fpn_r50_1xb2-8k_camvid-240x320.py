@@ -1,0 +1,45 @@
+# Semantic FPN with ResNet-50, trained from scratch on CamVid: the twin that
+# fpn_rednet50_1xb2-8k_camvid-240x320.py is compared with.
+_base_ = [
+    'mmseg::_base_/models/fpn_r50.py',
+    '../_base_/datasets/camvid.py',
+    'mmseg::_base_/default_runtime.py',
+]
+
+norm_cfg = dict(type='BN')  # SyncBN, upstream's default, needs a GPU
+crop_size = (240, 320)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    pretrained=None,
+    backbone=dict(type='ResNet', norm_cfg=norm_cfg),
+    neck=dict(norm_cfg=norm_cfg),
+    decode_head=dict(num_classes=11, norm_cfg=norm_cfg),
+)
+
+max_iters = 8000
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=250)
+val_cfg = dict(type='ValLoop')
+test_cfg = dict(type='TestLoop')
+optim_wrapper = dict(
+    type='OptimWrapper',
+    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
+    clip_grad=dict(max_norm=10),
+)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(type='PolyLR', power=0.9, begin=100, end=max_iters, by_epoch=False),
+]
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(
+        type='CheckpointHook',
+        by_epoch=False,
+        interval=250,
+        max_keep_ckpts=2,
+        save_best='mIoU',
+    ),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    visualization=dict(type='SegVisualizationHook'),
+)
