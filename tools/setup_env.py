@@ -66,9 +66,10 @@ class Stopped(BaseException):
 class CommandFailed(Exception):
     """A command ended with an error; keeps the last lines it printed."""
 
-    def __init__(self, returncode: int, tail: list[str], log: Path) -> None:
-        super().__init__(f'exit code {returncode}')
-        self.returncode, self.tail, self.log = returncode, tail, log
+    def __init__(self, command: str, tail: list[str], log: Path) -> None:
+        lines = ''.join(f'\n    {line[:200]}' for line in tail if line)
+        super().__init__(f'{command} failed; its last lines:{lines}')
+        self.log = log
 
 
 # Showing progress and running commands ---------------------------------------
@@ -188,7 +189,8 @@ def run(
             raise
         progress.close()
     if process.returncode:
-        raise CommandFailed(process.returncode, output[-15:], log)
+        name = shlex.join(map(str, command))
+        raise CommandFailed(name, output[-12:], log)
     return output
 
 
@@ -543,7 +545,7 @@ class Setup:
                 cwd=self.venv,
             )
         except CommandFailed as error:
-            text = '\n'.join(error.tail)
+            text = str(error)
             if 'No space left on device' in text:
                 reason = 'The disk is full. Free some space'
             elif re.search('(?i)resolution|connection|timed out|unreachable', text):
@@ -551,7 +553,7 @@ class Setup:
             else:
                 reason = 'pip failed. Mend what the last lines above name'
             raise SetupError(
-                f'{indent(error.tail)}\n{reason} (full log: {error.log}), then run '
+                f'{error}\n{reason} (full log: {error.log}), then run '
                 'make setup again: it goes on from here.'
             ) from error
 
@@ -614,7 +616,7 @@ class Setup:
             run(command, log, describe=lambda line: '')
         except CommandFailed as error:
             raise SetupError(
-                f'{indent(error.tail)}\nPython could not make the virtual environment '
+                f'{error}\nPython could not make the virtual environment '
                 f'{self.venv}. On Debian and Ubuntu: sudo apt install python3.11-venv'
             ) from error
         log.unlink()
@@ -641,7 +643,8 @@ class Setup:
             if same_torch:
                 print('      nothing has to be downloaded')
                 return
-        name, version = 'six', pins['six']
+        # small, pure Python, and hardly in any local folder of wheels
+        name, version = 'mat4py', pins['mat4py']
         with tempfile.TemporaryDirectory() as folder:
             command = [self.python, '-m', 'pip', '--disable-pip-version-check']
             command += ['download', '--no-deps', '--no-cache-dir', '--retries', '1']
@@ -650,7 +653,7 @@ class Setup:
                 run(command, self.log, cwd=self.venv, keep_open=self.lock_handle)
             except CommandFailed as error:
                 raise SetupError(
-                    f'{indent(error.tail[-4:])}\nThe package index cannot be reached '
+                    f'{error}\nThe package index cannot be reached '
                     'through pip. Check the network and proxy (HTTPS_PROXY), or point '
                     'pip at a mirror (PIP_INDEX_URL), then run make setup again.'
                 ) from error
@@ -708,7 +711,7 @@ class Setup:
             lines = run([self.python, '-c', program], self.log, cwd=self.venv)
         except CommandFailed as error:
             raise SetupError(
-                f'{indent(error.tail)}\ntorch is installed but does not import. Remove '
+                f'{error}\ntorch is installed but does not import. Remove '
                 f'the environment (make clean VENV={self.venv}) and run make setup.'
             ) from error
         return json.loads(lines[-1])
@@ -724,7 +727,7 @@ class Setup:
             run([self.python, '-c', program], self.log, cwd=ROOT)
         except CommandFailed as error:
             raise SetupError(
-                f'{indent(error.tail)}\nName another torch: make setup '
+                f'{error}\nName another torch: make setup '
                 f"TORCH='torch=={read_pins(REQUIREMENTS / 'torch.txt')['torch']}'"
             ) from error
 
@@ -804,7 +807,7 @@ class Setup:
                 env=env,
             )
         except CommandFailed as error:
-            text = '\n'.join(error.tail)
+            text = str(error)
             if 'No space left on device' in text:
                 advice = f'The disk of {folder} is full. Free some space'
             elif re.search('Killed|out of memory|bad_alloc', text):
@@ -812,7 +815,7 @@ class Setup:
             else:
                 advice = 'mmcv did not compile. Mend what the log names'
             raise SetupError(
-                f'{indent(error.tail)}\n{advice} (full log: {log}), then run make '
+                f'{error}\n{advice} (full log: {log}), then run make '
                 'setup again: files that are compiled are kept.'
             ) from error
         built = find_wheel(source / 'dist')
@@ -917,10 +920,6 @@ class Setup:
                 step()
             self.write_stamp(**self.state())
             print(f'set-up: done in {clock(time.monotonic() - start)}: {self.venv}')
-
-
-def indent(lines: list[str]) -> str:
-    return '\n'.join(f'    {line[:300]}' for line in lines)
 
 
 def main() -> int:
