@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections.abc import Callable
@@ -339,7 +340,10 @@ def _reason(path: Path, error: Exception) -> str:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         if names:
             return 'it asks for ' + ', '.join(sorted(names))
-    return str(error).splitlines()[-1]
+    found = re.search(
+        r'nsupported (?:global: (?:GLOBAL )?|GLOBAL )(getattr\(.*?\)|\S+)', str(error)
+    )
+    return f'it asks for {found[1]}' if found else 'it is not a file of weights'
 
 
 def _refusal(source: str, error: Exception) -> pickle.UnpicklingError:

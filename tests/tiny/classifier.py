@@ -1,11 +1,18 @@
-# ResNet for the pictures of the fixture cls_root, whose folder is in $TINY_DATA.
+# A slim RedNet-26. The data, of the fixture cls_root: $TINY_DATA.
 _base_ = [
     'mmpretrain::_base_/models/resnet18.py',
     'mmpretrain::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
 model = dict(
-    backbone=dict(stem_channels=8, base_channels=8),
-    head=dict(num_classes=2, in_channels=64, topk=(1,)),
+    backbone=dict(
+        _delete_=True,
+        type='RedNet',
+        depth=26,
+        base_channels=16,
+        stem_channels=32,
+    ),
+    head=dict(num_classes=2, in_channels=512, topk=(1,)),
 )
 data_preprocessor = dict(mean=[128.0] * 3, std=[60.0] * 3, num_classes=2)
 train_dataloader = dict(

@@ -1,14 +1,20 @@
-# RetinaNet for the pictures of the fixture coco_root, whose folder is in $TINY_DATA.
+# RetinaNet with a slim RedNet-26. The data, of the fixture coco_root: $TINY_DATA.
 _base_ = [
     'mmdet::_base_/models/retinanet_r50_fpn.py',
     'mmdet::_base_/default_runtime.py',
 ]
+custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
 model = dict(
     data_preprocessor=dict(mean=[128.0] * 3, std=[60.0] * 3),
     backbone=dict(
-        depth=18, base_channels=8, frozen_stages=-1, norm_eval=False, init_cfg=None
+        _delete_=True,
+        type='RedNet',
+        depth=26,
+        base_channels=16,
+        stem_channels=32,
+        out_indices=(0, 1, 2, 3),
     ),
-    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    neck=dict(in_channels=[64, 128, 256, 512], out_channels=16),
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
 )
 pack = dict(

@@ -1,10 +1,18 @@
-# Semantic FPN for the pictures of the fixture seg_root, whose folder is in $TINY_DATA.
+# Semantic FPN with a slim RedNet-26. The data, of the fixture seg_root: $TINY_DATA.
 _base_ = ['mmseg::_base_/models/fpn_r50.py', 'mmseg::_base_/default_runtime.py']
+custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
 model = dict(
     data_preprocessor=dict(mean=[128.0] * 3, std=[60.0] * 3, size=(64, 64)),
     pretrained=None,
-    backbone=dict(depth=18, base_channels=8),
-    neck=dict(in_channels=[8, 16, 32, 64], out_channels=16),
+    backbone=dict(
+        _delete_=True,
+        type='RedNet',
+        depth=26,
+        base_channels=16,
+        stem_channels=32,
+        out_indices=(0, 1, 2, 3),
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512], out_channels=16),
     decode_head=dict(in_channels=[16] * 4, channels=16, num_classes=2, dropout_ratio=0),
 )
 dataset = dict(

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import os
+import pickle
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mmcls_involution import compat
+
+ROOT = Path(__file__).parent.parent
+
+
+def run_python(code: str, *paths: Path) -> str:
+    """Run code in a new interpreter, for what depends on the order of imports."""
+    path = os.pathsep.join(map(str, (*paths, ROOT)))
+    result = subprocess.run(
+        [sys.executable, '-c', code],
+        env={**os.environ, 'PYTHONPATH': path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ----------------------------------------------------------------------------- versions
+
+
+def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    def version(name: str) -> str:
+        if name.replace('-', '_') not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name.replace('-', '_')]
+
+    monkeypatch.setattr(importlib.metadata, 'version', version)
+
+
+def test_this_environment_is_in_range():
+    compat.check_versions()
+
+
+@pytest.mark.parametrize('name', compat.SUPPORTED)
+def test_range_is_lowest_inclusive_highest_exclusive(name, monkeypatch):
+    lowest, highest = compat.SUPPORTED[name]
+    pretend_installed(monkeypatch, **{name: lowest})
+    compat.check_versions()
+    for outside in (highest, f'{lowest}.dev1'):
+        pretend_installed(monkeypatch, **{name: outside})
+        with pytest.raises(ImportError, match=f'{name} {outside} is installed') as info:
+            compat.check_versions()
+        assert f'pip install "{name}>={lowest},<{highest}"' in str(info.value)
+
+
+def test_absent_libraries_and_local_versions_are_fine(monkeypatch):
+    pretend_installed(monkeypatch, torch='2.13.0+cpu')
+    compat.check_versions()
+
+
+def test_every_package_out_of_range_is_named(monkeypatch):
+    pretend_installed(monkeypatch, torch='2.1.0', mmcv_lite='2.2.0', mmdet='3.3.0')
+    with pytest.raises(ImportError) as info:
+        compat.check_versions()
+    message = str(info.value)
+    assert 'torch 2.1.0' in message and 'mmcv-lite 2.2.0' in message
+    assert 'mmdet' not in message
+
+
+def test_import_is_light():
+    out = run_python(
+        'import sys, mmcls_involution.compat\n'
+        'print([m for m in ("torch", "numpy", "mmengine", "mmcv") if m in sys.modules])'
+    )
+    assert out.strip() == '[]'
+
+
+def test_apply_with_torch_alone():
+    run_python(
+        'import importlib.util as u\n'
+        'real = u.find_spec\n'
+        'others = ("mm", "torchvision")\n'
+        'u.find_spec = lambda n, *a: None if n.startswith(others) else real(n, *a)\n'
+        'import sys\n'
+        'from mmcls_involution import compat\n'
+        'compat.apply()\n'
+        'compat.apply()\n'
+        'assert not [m for m in sys.modules if m.split(".")[0] in ("mmengine", "mmcv")]'
+    )
+
+
+# -------------------------------------------------------------------------- torchvision
+
+
+def fake_torchvision(folder: Path) -> Path:
+    """A torchvision whose extension does not load and whose import needs its ops."""
+    package = folder / 'torchvision'
+    package.mkdir()
+    (package / '_C.so').write_bytes(b'built for another torch')
+    (package / '__init__.py').write_text(
+        'import torch\n'
+        'for op in ("nms", "qnms"):\n'
+        '    torch.library.register_fake(f"torchvision::{op}", lambda *a: a[0])\n'
+    )
+    return folder
+
+
+def test_mismatched_torchvision_can_be_imported(tmp_path):
+    folder = fake_torchvision(tmp_path)
+    with pytest.raises(AssertionError, match='torchvision::nms does not exist'):
+        run_python('import torchvision', folder)
+    run_python(
+        'from mmcls_involution import compat\n'
+        'compat.declare_torchvision_ops()\n'
+        'compat.declare_torchvision_ops()\n'
+        'import torchvision',
+        folder,
+    )
+
+
+@pytest.mark.parametrize('state', ['absent', 'imported', 'loads'])
+def test_torchvision_is_left_alone(state, tmp_path, monkeypatch):
+    import torch
+
+    def no_library(*args):
+        raise AssertionError('declared operators that nobody misses')
+
+    monkeypatch.setattr(torch.library, 'Library', no_library)
+    monkeypatch.setattr(compat, '_torchvision_schemas', None)
+    monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
+    if state == 'absent':
+        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    else:
+        monkeypatch.syspath_prepend(fake_torchvision(tmp_path))
+        if state == 'imported':
+            monkeypatch.setitem(sys.modules, 'torchvision', object())
+        else:
+            monkeypatch.setattr(torch.ops, 'load_library', lambda path: None)
+    compat.declare_torchvision_ops()
+    assert compat._torchvision_schemas is None
+
+
+# ------------------------------------------------------------------------ pkg_resources
+
+
+def test_external_base_configs_without_pkg_resources(tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
+    with pytest.raises(ImportError):
+        import pkg_resources  # noqa: F401
+    compat.apply()
+    from mmengine.config import Config
+
+    file = tmp_path / 'config.py'
+    file.write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
+    assert Config.fromfile(file).default_scope == 'mmdet'
+
+
+def test_package_is_found_by_distribution_or_module_name():
+    import mmengine
+
+    folder = str(Path(mmengine.__file__).parent)
+    assert compat.get_installed_path('mmengine') == folder
+    if compat.is_installed('mmseg'):
+        folder = compat.get_installed_path('mmsegmentation')
+        assert folder == compat.get_installed_path('mmseg')
+    assert not compat.is_installed('no_such_package')
+    with pytest.raises(ModuleNotFoundError, match='no_such_package is not installed'):
+        compat.get_installed_path('no_such_package')
+
+
+# -------------------------------------------------------------------------- checkpoints
+
+torch = pytest.importorskip('torch')
+np = pytest.importorskip('numpy')
+mmengine = pytest.importorskip('mmengine')
+
+
+@pytest.fixture(autouse=True)
+def repaired():
+    compat.apply()
+
+
+def history(n: int = 5):
+    from mmengine.logging import HistoryBuffer
+
+    buffer = HistoryBuffer(max_length=4)
+    for i in range(n):
+        buffer.update(0.1 * i, count=i + 1)
+    return buffer
+
+
+def same(a, b) -> bool:
+    return a.max_length == b.max_length and all(
+        x.dtype == y.dtype and (x == y).all() and len(x) == len(y)
+        for x, y in zip(a.data, b.data, strict=True)
+    )
+
+
+@pytest.fixture
+def training_state() -> dict:
+    return dict(
+        state_dict=dict(weight=torch.arange(3.0)),
+        message_hub=dict(
+            log_scalars=dict(loss=history()),
+            runtime_info=dict(
+                best=np.float64(0.5), epoch=np.int64(2), done=np.bool_(True)
+            ),
+        ),
+    )
+
+
+def test_our_checkpoint_loads_weights_only(training_state, tmp_path):
+    file = tmp_path / 'epoch_1.pth'
+    torch.save(training_state, file)
+    loaded = torch.load(file, weights_only=True)  # neither our loader nor a hook
+    hub = loaded['message_hub']
+    assert same(hub['log_scalars']['loss'], history())
+    assert hub['runtime_info'] == training_state['message_hub']['runtime_info']
+    with zipfile.ZipFile(file) as archive:
+        data = archive.read(next(n for n in archive.namelist() if 'data.pkl' in n))
+    assert b'getattr' not in data
+
+
+@pytest.mark.parametrize('n', [0, 1, 9])
+def test_history_survives_copies(n):
+    import copy
+
+    buffer = history(n)
+    for other in (copy.deepcopy(buffer), pickle.loads(pickle.dumps(buffer))):
+        assert same(buffer, other)
+        other.update(1.0)
+        assert other.statistics('current') == 1.0
+
+
+def test_our_checkpoint_loads_in_unrepaired_mmengine(training_state, tmp_path):
+    torch.save(training_state, tmp_path / 'ours.pth')
+    run_python(
+        'import torch\n'
+        f'state = torch.load({str(tmp_path / "ours.pth")!r}, weights_only=False)\n'
+        'buffer = state["message_hub"]["log_scalars"]["loss"]\n'
+        'assert buffer.statistics("max", 4) == 0.4, buffer.data\n'
+    )
+
+
+@pytest.fixture
+def stock_checkpoint(training_state, tmp_path, monkeypatch) -> Path:
+    """A checkpoint as an unrepaired MMEngine writes it."""
+    from mmengine.logging import HistoryBuffer
+
+    file = tmp_path / 'stock.pth'
+    with monkeypatch.context() as context:
+        context.delattr(HistoryBuffer, '__reduce__')
+        training_state['message_hub']['log_scalars']['loss'] = history()
+        torch.save(training_state, file)
+    return file
+
+
+def load(path: Path | str):
+    from mmengine.runner import CheckpointLoader
+
+    return CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+
+
+def test_stock_checkpoint_loads(stock_checkpoint):
+    with pytest.raises(pickle.UnpicklingError, match='getattr'):
+        torch.load(stock_checkpoint, weights_only=True)
+    loaded = load(stock_checkpoint)
+    assert same(loaded['message_hub']['log_scalars']['loss'], history())
+    with pytest.raises(pickle.UnpicklingError, match='getattr'):
+        torch.load(stock_checkpoint, weights_only=True)  # allowed in our loader alone
+
+
+class Call:
+    """Pickles to a call of any function: what a malicious file holds."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.fixture
+def victim(tmp_path) -> Path:
+    return tmp_path / 'owned'
+
+
+@pytest.fixture
+def malicious(tmp_path, victim) -> Path:
+    file = tmp_path / 'malicious.pth'
+    torch.save(dict(state_dict=Call(os.system, f'touch {victim}')), file)
+    return file
+
+
+@pytest.mark.parametrize('forced', [False, True])
+def test_code_in_weights_is_refused(forced, malicious, victim, monkeypatch):
+    if forced:  # the well-known workaround must not open the door
+        monkeypatch.setenv('TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD', '1')
+    with pytest.raises(pickle.UnpicklingError, match='Refused to load .*system'):
+        load(malicious)
+    assert not victim.exists()
+
+
+def test_code_in_old_file_format_is_refused(tmp_path, victim):
+    file = tmp_path / 'old.pth'
+    torch.save(
+        dict(state_dict=Call(os.system, f'touch {victim}')),
+        file,
+        _use_new_zipfile_serialization=False,
+    )
+    with pytest.raises(pickle.UnpicklingError, match='Refused to load .*system'):
+        load(file)
+    assert not victim.exists()
+
+
+def test_code_in_downloaded_weights_is_refused(malicious, victim, tmp_path):
+    from mmengine.runner import checkpoint
+
+    with pytest.raises(pickle.UnpicklingError, match='Refused to load'):
+        checkpoint.load_url(malicious.as_uri(), model_dir=str(tmp_path / 'cache'))
+    assert not victim.exists()
+
+
+def test_getattr_reaches_nothing_but_the_history_statistics(tmp_path):
+    from mmengine.logging import HistoryBuffer
+
+    for owner, name in ((HistoryBuffer, '__init__'), (torch.Tensor, 'max')):
+        torch.save(Call(getattr, owner, name), tmp_path / 'file.pth')
+        with pytest.raises(pickle.UnpicklingError, match='Refused'):
+            load(tmp_path / 'file.pth')
+
+
+def test_only_the_resumed_file_is_unpickled_in_full(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(
+        mmengine.logging, 'print_log', lambda text, **kwargs: logged.append(text)
+    )
+    resumed, other = tmp_path / 'resumed.pth', tmp_path / 'other.pth'
+    for file in (resumed, other):  # the state of some user's hook
+        torch.save(dict(hook=SimpleNamespace(count=3)), file)
+    loaded = []
+
+    def resume(self, filename):
+        loaded.append(load(filename))
+        with pytest.raises(pickle.UnpicklingError, match='Refused'):
+            load(other)
+
+    with pytest.raises(pickle.UnpicklingError, match='asks for types.SimpleNamespace'):
+        load(resumed)
+    compat._trusting(resume)(None, str(resumed))
+    assert loaded[0]['hook'].count == 3
+    assert len(logged) == 1
+    assert 'unpickled in full because you resume from it' in logged[0]
+    with pytest.raises(pickle.UnpicklingError, match='Refused'):
+        load(resumed)
+
+
+def test_missing_and_torn_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match='Checkpoint not found'):
+        load(tmp_path / 'none.pth')
+    buffer = io.BytesIO()
+    torch.save(dict(weight=torch.zeros(1000)), buffer)
+    for size in (0, 100, 2000):
+        (tmp_path / 'torn.pth').write_bytes(buffer.getvalue()[:size])
+        with pytest.raises(RuntimeError, match='torn.pth is not a complete checkpoint'):
+            load(tmp_path / 'torn.pth')
+
+
+def test_apply_twice_changes_nothing():
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner import Runner, checkpoint
+
+    def state():
+        return (
+            HistoryBuffer.__reduce__,
+            Runner.resume,
+            checkpoint.load_url,
+            checkpoint.load_from_local,
+        )
+
+    before = state()
+    compat.apply()
+    assert state() == before
