@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from email.parser import Parser
 from pathlib import Path
@@ -97,8 +96,7 @@ def test_source_distribution_makes_the_same_wheel(wheel, clone, tmp_path):
     )
     python('-c', program, tmp_path, cwd=clone)
     (file,) = tmp_path.glob('*.tar.gz')
-    with tarfile.open(file) as archive:
-        archive.extractall(tmp_path, filter='data')
+    shutil.unpack_archive(file, tmp_path)
     program = program.replace('sdist', 'wheel')
     python('-c', program, tmp_path, cwd=tmp_path / file.name.removesuffix('.tar.gz'))
     (file,) = tmp_path.glob('*.whl')
@@ -155,6 +153,17 @@ def test_makefile_names_the_pinned_torch():
     makefile = (ROOT / 'Makefile').read_text()
     (torch,) = re.findall(r'^TORCH \?= (.*)$', makefile, re.MULTILINE)
     assert torch == f'torch=={read_pins()["torch"]}'
+
+
+@pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')
+@pytest.mark.parametrize('target', ['demo', 'test', 'lint'])
+def test_make_sets_up_first(target):
+    result = subprocess.run(
+        ['make', '-n', target], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    first, second = result.stdout.splitlines()
+    assert 'tools/setup_env.py' in first
+    assert second.startswith('.venv/bin/python ')
 
 
 def test_install_leaves_this_environment_as_it_is(clone):

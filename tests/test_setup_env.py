@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import types
@@ -109,7 +110,12 @@ def test_torch_without_requirement_is_refused(tmp_path, torch):
 
 
 def test_tested_torch_is_constrained_and_another_is_not(setup, tmp_path):
+    with pytest.raises(setup_env.SetupError, match='installs no torch'):
+        setup.install_torch()
+    setup.calls.clear()
+    install(setup.site, torch='2.13.0')
     setup.install_torch()
+    setup.write_stamp(torch_request=None)
     other = setup_env.Setup(tmp_path / '.venv', 'torch==2.12.1 --index-url file:///x')
     other.pip = setup.pip
     other.install_torch()
@@ -145,6 +151,22 @@ def test_unknown_torch_has_no_torchvision(setup):
     install(setup.site, torch='3.0.0')
     with pytest.raises(setup_env.SetupError, match='not a release of torch 2'):
         setup.install_torchvision()
+
+
+def test_mmcv_source_is_unpacked_in_one_move(setup, tmp_path):
+    def download(*arguments):
+        folder = Path(arguments[arguments.index('--dest') + 1])
+        (tmp_path / 'mmcv-2.1.0').mkdir()
+        (tmp_path / 'mmcv-2.1.0' / 'setup.py').write_text('import this')
+        with tarfile.open(folder / 'mmcv-2.1.0.tar.gz', 'w:gz') as archive:
+            archive.add(tmp_path / 'mmcv-2.1.0', 'mmcv-2.1.0')
+
+    setup.pip = download
+    source = tmp_path / 'cache' / 'mmcv-2.1.0'
+    source.parent.mkdir()
+    setup.unpack_mmcv(source)
+    assert [file.name for file in source.iterdir()] == ['setup.py']
+    assert [folder.name for folder in source.parent.iterdir()] == ['mmcv-2.1.0']
 
 
 # Early failures

@@ -548,7 +548,9 @@ class Setup:
             text = str(error)
             if 'No space left on device' in text:
                 reason = 'The disk is full. Free some space'
-            elif re.search('(?i)resolution|connection|timed out|unreachable', text):
+            elif re.search(
+                '(?i)name resolution|connection|timed out|unreachable', text
+            ):
                 reason = 'The package index cannot be reached. Check the network'
             else:
                 reason = 'pip failed. Mend what the last lines above name'
@@ -671,6 +673,8 @@ class Setup:
         if f'torch=={tested}' in self.torch_words:
             constraints = ['--constraint', REQUIREMENTS / 'torch.txt']
         self.pip('install', *self.torch_words, *constraints)
+        if 'torch' not in self.installed():
+            raise SetupError(f'TORCH={self.torch!r} installs no torch.')
         self.write_stamp(torch_request=self.torch, mmcv_built_for=None)
 
     def install_torchvision(self) -> None:
@@ -838,7 +842,9 @@ class Setup:
             self.pip('download', *options, '--dest', temporary, requirement)
             archive = next(Path(temporary).glob('mmcv-*.tar.gz'))
             with tarfile.open(archive) as tar:
-                tar.extractall(temporary, filter='data')
+                # Python before 3.11.4 has no filter
+                tar.extraction_filter = getattr(tarfile, 'data_filter', None)
+                tar.extractall(temporary)
             os.replace(Path(temporary, source.name), source)
 
     def install_rest(self) -> None:
