@@ -23,10 +23,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 from mmengine.config import Config
-from mmengine.logging import MMLogger
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs' / 'demo' / 'mask-rcnn_rednet26-slim_fpn_shapes.py'
+CONFIG = Path('configs/demo/mask-rcnn_rednet26-slim_fpn_shapes.py')  # from ROOT
 # what the demo promises on the held-out images, AP at IoU 0.5
 PROMISE = {
     'coco/bbox_mAP_50': ('box AP50', 0.5),
@@ -156,7 +155,6 @@ def run_demo(work_dir: Path) -> bool:
     Raises:
         StepError: If a step fails.
     """
-    MMLogger.get_instance('demo', log_level='ERROR')
     cfg = Config.fromfile(CONFIG)
     data = Path(cfg.data_root)
     if (data / 'annotations' / 'val.json').is_file():
@@ -199,7 +197,7 @@ def run_demo(work_dir: Path) -> bool:
         print(f'{name:>9} {scores[key]:.3f}   (promised: above {least}; {verdict})')
     print(f'\nPictures, ground truth beside prediction: {pictures}')
     print(f'Twelve of them on one sheet:              {sheet}')
-    print(f'\n{NEXT_STEPS.format(config=CONFIG.relative_to(ROOT))}')
+    print(f'\n{NEXT_STEPS.format(config=CONFIG)}')
     return kept
 
 
@@ -215,7 +213,7 @@ def main() -> None:
         help='folder for checkpoints, logs and pictures (default: %(default)s)',
     )
     work_dir = parser.parse_args().work_dir.resolve()
-    os.chdir(ROOT)  # the config's data root is relative to it
+    os.chdir(ROOT)  # CONFIG and its data root are relative to it
     start = time.time()
     try:
         kept = run_demo(work_dir)

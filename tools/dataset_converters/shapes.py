@@ -4,7 +4,7 @@ Circles, squares, triangles and stars of any colour, size and angle lie over
 one another on a blurred, noisy ground. Nothing is read or downloaded; the same
 seed draws the same images. Output, what configs/demo/ reads:
 
-    data/shapes/images/{train,val}_*.jpg        128x128
+    data/shapes/images/{train,val}_*.jpg        256x256
     data/shapes/annotations/{train,val}.json    boxes and masks of what is visible
 
 Example:
@@ -26,10 +26,9 @@ from pycocotools import mask as mask_utils
 from rich.progress import track
 
 CLASSES = ('circle', 'square', 'triangle', 'star')
-SPLIT_SIZES = {'train': 400, 'val': 60}
-IMAGE_SIZE = 128  # pixels
+SPLIT_SIZES = {'train': 400, 'val': 50}
+IMAGE_SIZE = 256  # pixels
 MIN_VISIBLE = 0.5  # of a shape's area, after all others are drawn
-SUPERSAMPLING = 4  # for smooth edges
 
 
 def outline(cls: str, radius: float, angle: float) -> np.ndarray:
@@ -42,7 +41,7 @@ def outline(cls: str, radius: float, angle: float) -> np.ndarray:
     """
     corners = {'circle': 90, 'square': 4, 'triangle': 3, 'star': 10}[cls]
     angles = angle + np.arange(corners) * 2 * np.pi / corners
-    radii = np.full(corners, radius)
+    radii = np.full(corners, float(radius))
     if cls == 'star':
         radii[1::2] *= 0.45
     return np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
@@ -50,11 +49,11 @@ def outline(cls: str, radius: float, angle: float) -> np.ndarray:
 
 def coverage(points: np.ndarray) -> np.ndarray:
     """Share [S, S] of every pixel that the polygon ``points`` covers."""
-    size = IMAGE_SIZE * SUPERSAMPLING
-    canvas = np.zeros((size, size), np.uint8)
-    cv2.fillPoly(canvas, [np.round(points * SUPERSAMPLING).astype(np.int32)], 255)
-    shape = (IMAGE_SIZE, IMAGE_SIZE)
-    return cv2.resize(canvas, shape, interpolation=cv2.INTER_AREA) / 255
+    canvas = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.uint8)
+    fraction_bits = 4
+    corners = np.round(points * 2**fraction_bits).astype(np.int32)
+    cv2.fillPoly(canvas, [corners], 255, cv2.LINE_AA, fraction_bits)
+    return canvas / 255
 
 
 def draw_ground(rng: np.random.Generator) -> np.ndarray:
@@ -84,7 +83,7 @@ def draw_scene(
         if len(shapes) == wanted:
             break
         cls = CLASSES[rng.integers(len(CLASSES))]
-        radius = rng.uniform(12, 30)
+        radius = rng.uniform(24, 60)
         centre = rng.uniform(0.6 * radius, IMAGE_SIZE - 0.6 * radius, 2)
         share = coverage(centre + outline(cls, radius, rng.uniform(0, 2 * np.pi)))
         mask = share > 0.5

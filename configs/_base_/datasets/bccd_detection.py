@@ -1,11 +1,22 @@
 # BCCD blood cells, written by tools/dataset_converters/bccd.py. The environment
 # variable BCCD_ROOT names another folder.
+#
+# Another data set in COCO format takes a config of these lines, say configs/mine.py:
+#   _base_ = './bccd/faster-rcnn_rednet50_fpn_bccd.py'
+#   mine = dict(data_root='data/mine', metainfo=dict(classes=('cat', 'dog')))
+#   train_dataloader = dict(dataset=dict(ann_file='train.json', **mine))
+#   val_dataloader = dict(dataset=dict(ann_file='val.json', **mine))
+#   test_dataloader = val_dataloader
+#   val_evaluator = dict(ann_file='data/mine/val.json')
+#   test_evaluator = val_evaluator
+#   model = dict(roi_head=dict(bbox_head=dict(num_classes=2)))
+# classes are the categories of the annotation file, in its order; photos are looked
+# for in data_root/images (data_prefix=dict(img=...)). The same keys can be given to
+# tools/train.py with --cfg-options. Larger photos with small objects want a larger
+# scale in the two Resize transforms.
 dataset_type = 'CocoDataset'
 data_root = '{{$BCCD_ROOT:data/bccd}}'
-metainfo = dict(
-    classes=('RBC', 'WBC', 'Platelets'),
-    palette=[(220, 60, 60), (60, 90, 220), (250, 200, 40)],
-)
+metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
 image_scale = (320, 240)  # half of the photos' 640x480, for training on a CPU
 
 train_pipeline = [
