@@ -71,5 +71,5 @@ def cls_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(2):
             picture = rng.integers(0, 99, (64, 64, 3), dtype=np.uint8)
             picture += np.uint8(150 * label)
-            Image.fromarray(picture).save(root / name / f'{i}.png')
+            Image.fromarray(picture).save(root / name / f'{name}_{i}.png')
     return root

@@ -14,7 +14,6 @@ import errno
 import importlib.util
 import inspect
 import json
-import logging
 import mmap
 import os
 import pickle
@@ -30,7 +29,13 @@ from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import DATASETS, RUNNERS, init_default_scope
+from mmengine.registry import (
+    DATASETS,
+    OPTIMIZERS,
+    RUNNERS,
+    Registry,
+    init_default_scope,
+)
 from mmengine.runner import Runner
 
 from mmcls_involution import compat
@@ -124,10 +129,13 @@ def load_config(args: argparse.Namespace) -> Config:
             )
 
     scope = cfg.setdefault('default_scope', 'mmengine')
-    if scope in LIBRARIES and importlib.util.find_spec(scope) is None:
+    if importlib.util.find_spec(scope) is None:
+        fix = _did_you_mean(scope, LIBRARIES)
+        if scope in LIBRARIES:
+            fix = f' pip install "mmcls_involution[{LIBRARIES[scope]}]"'
         raise UserError(
-            f'{path} is a config of {scope}, which is not installed: '
-            f'pip install "mmcls_involution[{LIBRARIES[scope]}]"'
+            f'default_scope of {path} is {scope!r}, and no library of that name is '
+            f'installed.{fix}'
         )
     init_default_scope(scope)
 
@@ -200,7 +208,8 @@ def _distribute_on_cpu(cfg: Config) -> None:
             f'--launcher {cfg.launcher} needs a GPU and torch sees none. On CPU, start '
             'the processes with tools/dist_train.sh or tools/dist_test.sh.'
         )
-    print_log('No GPU: the processes communicate by gloo, on CPU', level=logging.INFO)
+    if os.environ.get('RANK') == '0':
+        print_log('No GPU: the processes communicate by gloo, on CPU')
     cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
@@ -243,6 +252,8 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
             )
     check_checkpoint(cfg.get('load_from'), 'load_from')
     if 'train' in splits:
+        # MMEngine does not check this one, and fails on the missing class later.
+        _registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
         for path, part in _dicts(cfg.model, 'model'):
             if part.get('type') == 'Pretrained':
                 check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint')
@@ -254,6 +265,34 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
         for path, evaluator in _dicts(cfg.get(f'{split}_evaluator'), split):
             if _is_local(evaluator, evaluator.get('ann_file')):
                 _check_exists(Path(evaluator.ann_file), f'{path}_evaluator.ann_file')
+
+
+def _registered(registry: Registry, kind: Any) -> Any:
+    """The class of a ``type`` in a config, looked up in its default scope.
+
+    Raises:
+        UserError: If no class has that name.
+    """
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as registry:
+        found = registry.get(kind)
+        if found is None:
+            raise UserError(_unknown_type(registry, kind))
+        return found
+
+
+def _unknown_type(registry: Registry, kind: str) -> str:
+    names: set[str] = set()
+    parent: Registry | None = registry
+    while parent is not None:
+        names |= set(parent.module_dict)
+        parent = parent.parent
+    return (
+        f'No {registry.name} is called {kind!r} in {registry.scope}.'
+        f'{_did_you_mean(kind, names)} A class of your own is registered by '
+        'custom_imports in the config.'
+    )
 
 
 def check_checkpoint(path: str | None, what: str) -> None:
@@ -309,11 +348,7 @@ def _dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
 
 def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     """Check the files, classes and categories of one data set config."""
-    cls = (
-        DATASETS.get(dataset.type)
-        if isinstance(dataset.get('type'), str)
-        else dataset.get('type')
-    )
+    cls = _registered(DATASETS, dataset.get('type'))
     root = dataset.get('data_root') or ''
     downloads = (
         cls is not None
@@ -538,16 +573,7 @@ def _explain(error: Exception) -> str | None:
     kind = scope.get('obj_type', scope.get('scheduler_type'))
     built = scope.get('obj_cls', scope.get('scheduler_cls'))
     if isinstance(error, KeyError) and isinstance(kind, str) and built is None:
-        names: set[str] = set()
-        parent = registry
-        while parent is not None:
-            names |= set(parent.module_dict)
-            parent = parent.parent
-        return (
-            f'No {registry.name} is called {kind!r} in {registry.scope}.'
-            f'{_did_you_mean(kind, names)} A class of your own is registered by '
-            'custom_imports in the config.'
-        )
+        return _unknown_type(registry, kind)
     where = frames[-1]
     text = str(error)
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)

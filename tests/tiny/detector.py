@@ -16,6 +16,7 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 256, 512], out_channels=16),
     bbox_head=dict(num_classes=2, in_channels=16, feat_channels=16, stacked_convs=1),
+    test_cfg=dict(score_thr=0),
 )
 pack = dict(
     type='PackDetInputs',
@@ -64,7 +65,9 @@ test_evaluator = val_evaluator
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01))
+optim_wrapper = dict(
+    type='OptimWrapper', optimizer=dict(type='SGD', lr=0.01, momentum=0.9)
+)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=3),
     dict(type='MultiStepLR', milestones=[1], gamma=0.5, by_epoch=True),

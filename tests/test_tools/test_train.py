@@ -1,0 +1,495 @@
+"""tools/train.py and tools/test.py on tiny real data, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmengine')
+
+ROOT = Path(__file__).parents[2]
+LIBRARIES = dict(detector='mmdet', segmenter='mmseg', classifier='mmpretrain')
+DATA = dict(detector='coco_root', segmenter='seg_root', classifier='cls_root')
+TASKS = tuple(LIBRARIES)
+# What one run trains, and the checkpoint it leaves.
+LAST = dict(detector='epoch_1', segmenter='iter_2', classifier='epoch_1')
+
+Tool = Callable[..., str]
+
+
+def forget_runs() -> None:
+    """Drop the loggers and visualizers that MMEngine keeps for the whole process."""
+    from mmengine.utils import ManagerMixin
+
+    classes = [ManagerMixin]
+    while classes:
+        cls = classes.pop()
+        cls._instance_dict.clear()
+        classes += cls.__subclasses__()
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tool:
+    """Run ``tools/NAME.py`` in this process on a tiny config of tests/tiny.
+
+    Returns the message it ended with, '' for success.
+    """
+
+    def run(name: str, task: str, *arguments: str | Path) -> str:
+        pytest.importorskip(LIBRARIES[task])
+        data = request.getfixturevalue(DATA[task])
+        monkeypatch.setenv('TINY_DATA', os.environ.get('TINY_DATA', str(data)))
+        config = arguments[0] if str(arguments[:1]).count('.py') else None
+        words = [] if config else [ROOT / 'tests' / 'tiny' / f'{task}.py']
+        words += arguments
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
+        monkeypatch.syspath_prepend(ROOT / 'tools')
+        forget_runs()
+        try:
+            runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
+        except SystemExit as end:
+            return str(end.code or '')
+        return ''
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Work dirs of finished runs, by task; filled by :func:`checkpoint`."""
+    return {}
+
+
+@pytest.fixture
+def checkpoint(trained, tool, tmp_path_factory) -> Callable[[str], Path]:
+    """Train a task for two iterations, once, and give its checkpoint."""
+
+    def get(task: str) -> Path:
+        if task not in trained:
+            folder = tmp_path_factory.mktemp(task)
+            assert tool('train', task, '--work-dir', folder) == ''
+            trained[task] = folder
+        return trained[task] / f'{LAST[task]}.pth'
+
+    return get
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, weights_only=True)
+
+
+def metrics(folder: Path) -> dict:
+    """Metrics that a test run wrote into its work dir."""
+    (file,) = folder.glob('*/*.json')
+    return json.loads(file.read_text())
+
+
+# ------------------------------------------------------------------ train, test, resume
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_train_and_test(task, checkpoint, tool, tmp_path):
+    file = checkpoint(task)
+    state = load(file)
+    assert state['meta']['iter'] == 2
+    assert all(v.isfinite().all() for v in state['state_dict'].values())
+    logs = next(file.parent.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    losses = [json.loads(line)['loss'] for line in logs if '"loss"' in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+    out = tmp_path / 'metrics.json'
+    assert (
+        tool(
+            'test', task, file, '--work-dir', tmp_path / 'work',
+            '--out', out, '--out-item', 'metrics',
+        )
+        == ''
+    )  # fmt: skip
+    saved = json.loads(out.read_text())
+    assert saved and metrics(tmp_path / 'work').items() >= saved.items()
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_pictures_and_predictions(task, checkpoint, tool, tmp_path):
+    file, pictures = checkpoint(task), tmp_path / 'pictures'
+    out = tmp_path / ('maps' if task == 'segmenter' else 'predictions.pkl')
+    assert (
+        tool(
+            'test', task, file, '--work-dir', tmp_path / 'work',
+            '--show-dir', pictures, '--out', out,
+        )
+        == ''
+    )  # fmt: skip
+    assert len([*pictures.glob('**/*.png'), *pictures.glob('**/*.jpg')]) == 4
+    if task == 'segmenter':
+        assert len(list(out.glob('*.png'))) == 4
+    else:
+        assert len(pickle.loads(out.read_bytes())) == 4
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_default_augmentation_of_tests(task, checkpoint, tool, tmp_path):
+    assert tool('test', task, checkpoint(task), '--work-dir', tmp_path, '--tta') == ''
+    assert len(list(tmp_path.glob('*/*.log'))) == 1
+
+
+TWICE = dict(
+    detector=('train_cfg.max_epochs=2', 'epoch_1.pth', 'epoch_2.pth'),
+    segmenter=('train_cfg.max_iters=4', 'iter_2.pth', 'iter_4.pth'),
+)
+
+
+@pytest.mark.parametrize('task', TWICE)
+def test_resumed_run_equals_uninterrupted_run(task, tool, tmp_path):
+    option, half, last = TWICE[task]
+    whole, auto, named = (tmp_path / name for name in ('whole', 'auto', 'named'))
+    arguments = ['--no-validate', '--cfg-options', option]
+    assert tool('train', task, '--work-dir', whole, *arguments) == ''
+    # A run that was killed there, in a work dir that was moved: last_checkpoint names
+    # a file that is gone.
+    auto.mkdir()
+    shutil.copy(whole / half, auto)
+    (auto / 'last_checkpoint').write_text(str(tmp_path / 'gone' / half))
+    for folder, resume in ((auto, []), (named, [whole / half])):
+        arguments[:1] = ['--no-validate', '--resume', *resume]
+        assert tool('train', task, '--work-dir', folder, *arguments) == ''
+        del arguments[1 : 2 + len(resume)]
+        assert_same_training_state(load(whole / last), load(folder / last))
+
+
+def assert_same_training_state(a: dict, b: dict) -> None:
+    """Compare counters, weights, optimizer and schedules bit for bit."""
+    for key in ('epoch', 'iter', 'seed'):
+        assert a['meta'][key] == b['meta'][key]
+    assert a['state_dict'].keys() == b['state_dict'].keys()
+    for key, value in a['state_dict'].items():
+        assert torch.equal(value, b['state_dict'][key]), key
+    assert a['param_schedulers'] == b['param_schedulers']
+    assert a['optimizer']['param_groups'] == b['optimizer']['param_groups']
+    assert a['optimizer']['state'].keys() == b['optimizer']['state'].keys() != set()
+    for i, state in a['optimizer']['state'].items():
+        for key, value in state.items():
+            assert torch.equal(value, b['optimizer']['state'][i][key]), (i, key)
+    losses = [c['message_hub']['log_scalars']['train/loss'].data[0] for c in (a, b)]
+    assert np.array_equal(*losses)
+
+
+def test_resume_passes_over_a_file_cut_short(checkpoint, tool, tmp_path):
+    first = checkpoint('segmenter')
+    shutil.copytree(first.parent, tmp_path / 'work')
+    torn = tmp_path / 'work' / 'iter_3.pth'
+    torn.write_bytes(first.read_bytes()[:5000])
+    (tmp_path / 'work' / 'last_checkpoint').write_text(str(torn))
+    assert (
+        tool(
+            'train', 'segmenter', '--work-dir', tmp_path / 'work', '--resume',
+            '--no-validate', '--cfg-options', 'train_cfg.max_iters=3',
+        )
+        == ''
+    )  # fmt: skip
+    assert load(torn)['meta']['iter'] == 3
+
+
+def test_resume_with_nothing_to_resume_keeps_load_from(checkpoint, tool, tmp_path):
+    start = checkpoint('segmenter')
+    assert (
+        tool(
+            'train', 'segmenter', '--work-dir', tmp_path, '--resume', '--no-validate',
+            '--cfg-options', f'load_from={start}', 'optim_wrapper.optimizer.lr=0',
+            'train_cfg.max_iters=1',
+        )
+        == ''
+    )  # fmt: skip
+    ours, theirs = load(tmp_path / 'iter_1.pth'), load(start)
+    assert ours['meta']['iter'] == 1
+    key = 'decode_head.conv_seg.weight'
+    assert torch.equal(ours['state_dict'][key], theirs['state_dict'][key])
+
+
+def test_a_new_run_keeps_the_checkpoints_of_the_earlier_one(checkpoint, tool, tmp_path):
+    work = tmp_path / 'work'
+    shutil.copytree(checkpoint('segmenter').parent, work)
+    earlier = {file.name: file.read_bytes() for file in work.glob('*.pth')}
+    options = ['--no-validate', '--cfg-options', 'train_cfg.max_iters=1']
+    assert tool('train', 'segmenter', '--work-dir', work, *options) == ''
+    (aside,) = work.glob('earlier_*')
+    assert {file.name: file.read_bytes() for file in aside.glob('*.pth')} == earlier
+    assert [file.name for file in work.glob('*.pth')] == ['iter_1.pth']
+
+    options += [f'load_from={work / "iter_1.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', work, *options)
+    assert 'own work dir' in message and '--resume' in message
+    assert (work / 'iter_1.pth').exists()
+
+
+# ----------------------------------------------------------------------------- settings
+
+
+def dumped(folder: Path, task: str):
+    from mmengine.config import Config
+
+    return Config.fromfile(folder / f'{task}.py')
+
+
+def test_flags_come_before_options_before_config(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ['--no-validate', '--cfg-options', 'train_cfg.max_iters=1']
+    assert tool('train', 'segmenter', *short) == ''
+    assert Path('work_dirs/segmenter/iter_1.pth').exists()
+    assert tool('train', 'segmenter', *short, 'work_dir=option') == ''
+    assert Path('option/iter_1.pth').exists()
+    assert tool('train', 'segmenter', *short, 'work_dir=x', '--work-dir', 'flag') == ''
+    assert Path('flag/iter_1.pth').exists() and not Path('x').exists()
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_both_forms_of_auto_scale_lr(task, tool, tmp_path):
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--auto-scale-lr']
+    assert tool('train', task, *arguments) == ''
+    assert dumped(tmp_path, task).auto_scale_lr.enable
+    (log,) = tmp_path.glob('*/vis_data/scalars.json')
+    last = json.loads(log.read_text().splitlines()[-1])
+    # two pictures per batch, and the detector's warm-up
+    full = 0.01 * 2 / (16 if task == 'detector' else 256)
+    assert last['lr'] == pytest.approx(full * (0.55 if task == 'detector' else 1))
+
+
+def test_config_with_amp_trains_in_float32_on_cpu(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    if torch.cuda.is_available():
+        pytest.skip('this is about machines without a GPU')
+    options = [
+        'optim_wrapper.type=AmpOptimWrapper', 'optim_wrapper.loss_scale=dynamic',
+        'train_cfg.max_iters=1',
+    ]  # fmt: skip
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--cfg-options', *options]
+    assert tool('train', 'segmenter', *arguments) == ''
+    assert dumped(tmp_path, 'segmenter').optim_wrapper.type == 'OptimWrapper'
+
+
+def test_stock_config_without_this_package(tool, tmp_path):
+    """A config that only inherits upstream, and data that are not there."""
+    pytest.importorskip('mmseg')
+    file = tmp_path / 'stock.py'
+    file.write_text(
+        "_base_ = 'mmseg::fcn/fcn_r50-d8_4xb2-40k_cityscapes-512x1024.py'\n"
+    )
+    options = ['--cfg-options', 'model.pretrained=None']
+    message = tool('train', 'segmenter', file, '--work-dir', tmp_path, *options)
+    assert re.search('data_root: data/cityscapes.* does not exist', message)
+
+
+# ------------------------------------------------------------------------------- errors
+
+
+def edited(tmp_path: Path, task: str, text: str) -> Path:
+    """A config over a tiny one."""
+    file = tmp_path / 'edited.py'
+    base = f'_base_ = {str(ROOT / "tests" / "tiny" / f"{task}.py")!r}\n'
+    file.write_text(text if text.startswith('_base_') else base + text)
+    return file
+
+
+@pytest.mark.parametrize(
+    ('task', 'option', 'expected'),
+    [
+        ('detector', 'train_dataloder.batch_size=4', 'no .train_dataloder.*train_data'),
+        ('detector', 'model.backbone.type=RedNett', 'RedNett.*Did you mean RedNet'),
+        ('detector', 'model.backbone.dept=26', "RedNet has no argument 'dept'.*depth"),
+        ('detector', 'model.backbone.depth=27', 'Cannot build RedNet.*27'),
+        ('detector', 'optim_wrapper.optimizer.type=SDG', 'optimizer.*SDG.*mean.*SGD'),
+        ('detector', 'param_scheduler.0.type=LinearRL', 'LinearRL.*LinearLR'),
+        ('detector', 'train_dataloader.dataset.pipeline.0.type=LoadImage', 'LoadImage'),
+        ('detector', 'train_dataloader.dataset.type=CocoDataSet', 'CocoDataset'),
+        ('detector', 'model.bbox_head.num_classes=80', 'num_classes is 80.*2 classes'),
+        ('segmenter', 'model.decode_head.num_classes=19', 'num_classes is 19.*2 clas'),
+        ('detector', 'load_from=/path/to/rednet50.pth', 'load_from is a placeholder'),
+        ('detector', 'load_from=nowhere.pth', 'load_from: nowhere.pth does not exist'),
+        (
+            'detector',
+            'model.backbone.init_cfg.type=Pretrained '
+            'model.backbone.init_cfg.checkpoint=no.pth',
+            'backbone.init_cfg.checkpoint: no.pth does not exist',
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.data_root=nowhere',
+            'train_dataloader.data_root: nowhere does not exist.*nearest folder',
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.ann_file=none.json',
+            'train_dataloader.ann_file: .*none.json does not exist',
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.data_prefix.img=none',
+            'train_dataloader.data_prefix.img: .*none does not exist',
+        ),
+        (
+            'segmenter',
+            'val_dataloader.dataset.data_prefix.seg_map_path=none',
+            'val_dataloader.data_prefix.seg_map_path: .*none does not exist',
+        ),
+        (
+            'detector',
+            'val_evaluator.ann_file=none.json',
+            'val_evaluator.ann_file: none.json does not exist',
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.metainfo.classes=square,car',
+            "'car' not among its categories.*'square', 'bar'",
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.metainfo.classes=bar,square',
+            'the order differs',
+        ),
+        (
+            'detector',
+            'train_dataloader.dataset.metainfo.classes=square',
+            r"the text 'square'.*classes=\('square',\)",
+        ),
+        ('segmenter', 'default_scope=mmsegg', 'no library.*mean mmseg'),
+    ],
+)
+def test_config_error_is_one_message(task, option, expected, tool, tmp_path):
+    options = ['--cfg-options', *option.split()]
+    message = tool('train', task, '--work-dir', tmp_path, *options)
+    assert message.startswith('Error: ')
+    assert re.search(expected, message, re.DOTALL), message
+    assert not list(tmp_path.glob('*.pth'))
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('optim_wraper = dict()', "'optim_wraper' would be ignored.*'optim_wrapper'"),
+        ('model = dict(', 'Cannot read the config .*edited.py: SyntaxError'),
+        ('x = y', "Cannot read the config .*NameError: name 'y' is not defined"),
+        ("_base_ = './none.py'  #", 'Cannot read the config .*none.py'),
+        ('train_dataloader = None', "no 'train_dataloader'"),
+        (
+            "custom_imports = dict(imports=['no_such_module'])",
+            'no_such_module.*mmcls_involution.doctor',
+        ),
+    ],
+)
+def test_config_file_error_is_one_message(text, expected, tool, tmp_path):
+    file = edited(tmp_path, 'detector', text)
+    message = tool('train', 'detector', file, '--work-dir', tmp_path)
+    assert message.startswith('Error: ')
+    assert re.search(expected, message, re.DOTALL), message
+
+
+def test_missing_config_names_similar_ones(tool):
+    message = tool('train', 'detector', ROOT / 'tests' / 'tiny' / 'detectr.py')
+    assert re.search(
+        r'Config not found: .*detectr.py. Did you mean .*detector.py', message
+    )
+
+
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        (['--resume', 'none.pth'], '--resume: none.pth does not exist'),
+        (['--auto-scale-lr'], 'auto_scale_lr=dict'),
+        (['--launcher', 'slurm'], 'dist_train.sh'),
+        (['--amp'], '--amp needs a GPU'),
+    ],
+)
+def test_flag_error_is_one_message(flags, expected, tool, tmp_path):
+    if torch.cuda.is_available() and flags[0] in ('--launcher', '--amp'):
+        pytest.skip('this is about machines without a GPU')
+    message = tool('train', 'segmenter', '--work-dir', tmp_path, *flags)
+    assert message.startswith('Error: ') and expected in message
+
+
+def test_loss_that_is_not_finite_stops_the_run(tool, tmp_path):
+    options = ['optim_wrapper.optimizer.lr=1e30', 'train_cfg.max_iters=4']
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--cfg-options', *options]
+    message = tool('train', 'segmenter', *arguments)
+    found = re.search(r'not finite at iteration (\d): loss nan', message)
+    assert found and 'clip_grad' in message
+    saved = {file.name for file in tmp_path.glob('*.pth')}
+    assert saved == {f'iter_{i}.pth' for i in range(1, int(found[1]))}
+
+
+def test_category_twice_in_the_file(coco_root, tmp_path, tool):
+    content = json.loads((coco_root / 'ann.json').read_text())
+    content['categories'].append(dict(id=3, name='bar'))
+    file = tmp_path / 'ann.json'
+    file.write_text(json.dumps(content))
+    option = f'train_dataloader.dataset.ann_file={file}'
+    message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
+    assert 'twice' in message
+
+
+@pytest.mark.parametrize('text', ['', '{}', '[1]', '{"categories": [1]}'])
+def test_annotation_file_that_is_not_coco(text, tmp_path, tool):
+    (tmp_path / 'ann.json').write_text(text)
+    option = f'train_dataloader.dataset.ann_file={tmp_path / "ann.json"}'
+    message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
+    assert 'is not a COCO annotation file' in message
+
+
+# ---------------------------------------------------------------------- errors of tests
+
+
+def test_missing_checkpoint(tool, tmp_path):
+    message = tool('test', 'segmenter', 'none.pth', '--work-dir', tmp_path)
+    assert message.startswith('Error: checkpoint: none.pth does not exist')
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_malicious_checkpoint_is_refused(name, tool, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path / "owned"}',)
+
+    file = tmp_path / 'evil.pth'
+    torch.save(dict(state_dict=Evil()), file)
+    arguments = [file] if name == 'test' else ['--cfg-options', f'load_from={file}']
+    message = tool(name, 'segmenter', *arguments, '--work-dir', tmp_path / 'work')
+    assert message.startswith('Error: Refused to load') and 'system' in message
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_checkpoint_of_another_model(checkpoint, tool, tmp_path):
+    other = checkpoint('segmenter')
+    message = tool('test', 'classifier', other, '--work-dir', tmp_path)
+    assert re.search(r'does not fit the model: \d+ of \d+ parameters', message)
+    state = load(other)['state_dict']
+    weights = {'other.' + key: value for key, value in state.items()}
+    torch.save(dict(state_dict=weights), tmp_path / 'other.pth')
+    options = ['--cfg-options', f'load_from={tmp_path / "other.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', tmp_path / 'work', *options)
+    found = re.search(r'does not fit the model: (\d+) of (\d+) parameters', message)
+    assert found and found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ('task', 'flags', 'expected'),
+    [
+        ('detector', ['--out', 'folder'], 'predictions go to a .pkl file'),
+        ('detector', ['--out-item', 'metrics'], 'needs --out'),
+        ('detector', ['--out', 'a.txt', '--out-item', 'metrics'], 'metrics go to'),
+        ('segmenter', ['--tta'], '--tta needs'),
+        ('classifier', ['--tta', '--show-dir', 'x'], 'cannot draw'),
+    ],
+)
+def test_flag_error_of_tests(task, flags, expected, checkpoint, tool, tmp_path):
+    message = tool('test', task, checkpoint(task), '--work-dir', tmp_path, *flags)
+    assert message.startswith('Error: ') and expected in message
