@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -73,6 +73,24 @@ EXTRAS = {
     'dev': ['pytest', 'ruff'],
 }
 
+# Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,
+# so one build serves every torch and every Python from 3.11 on. Where it cannot be
+# compiled the package installs without it and says so when the operator is first used.
+NATIVE = 'mmcls_involution/ops/native'
+KERNELS = Extension(
+    'mmcls_involution.ops.native._kernels',
+    sources=[
+        f'{NATIVE}/{name}.cpp'
+        for name in ('native', 'kernels_avx512', 'kernels_avx2', 'kernels_baseline')
+    ],
+    depends=[f'{NATIVE}/involution.h', f'{NATIVE}/kernels.h'],
+    language='c++',
+    extra_compile_args=['-std=c++17', '-O3', '-fvisibility=hidden', '-pthread'],
+    extra_link_args=['-pthread'],
+    py_limited_api=True,
+    optional=True,
+)
+
 setup(
     name='mmcls_involution',
     version=read_version(),
@@ -94,5 +112,7 @@ setup(
     install_requires=['torch'],
     extras_require=EXTRAS,
     cmdclass={'build_py': BuildPyWithMim},
+    ext_modules=[KERNELS],
+    options={'bdist_wheel': {'py_limited_api': 'cp311'}},
     zip_safe=False,
 )

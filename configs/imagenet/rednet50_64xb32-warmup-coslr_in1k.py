@@ -5,9 +5,7 @@ _base_ = [
     'mmpretrain::_base_/default_runtime.py',
 ]
 
-custom_imports = dict(
-    imports=['mmcls_involution.models'], allow_failed_imports=False
-)
+custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
 
 model = dict(backbone=dict(type='RedNet'))
 

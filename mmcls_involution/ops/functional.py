@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import reference, tap_sum
+from . import native, reference, tap_sum
 from .geometry import memory_format, output_size
 
 BACKEND_VARIABLE = 'MMCLS_INVOLUTION_BACKEND'
@@ -49,6 +49,7 @@ def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
 
 
 BACKENDS: dict[str, Backend] = {
+    'native': Backend(native, 20, native.unusable),
     'tap_sum': Backend(tap_sum, 10, _runs_everywhere),
     'reference': Backend(reference, None, _runs_everywhere),
 }
@@ -117,7 +118,7 @@ def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         raise ValueError(f'input must be at least 1x1 in size, got {h}x{w}')
     if wn != n:
         raise ValueError(f'weight must have the batch size of input, {n}, got {wn}')
-    if g < 1 or c % g != 0:
+    if c < 1 or g < 1 or c % g != 0:
         raise ValueError(
             f"weight's groups must divide input's channels, {c}, got {g} groups"
         )

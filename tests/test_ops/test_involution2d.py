@@ -28,7 +28,16 @@ case = pytest.mark.parametrize(
 )
 # An empty batch has no element to perturb.
 NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
-backend_name = pytest.mark.parametrize('backend', BACKENDS)
+
+
+def runnable(name):
+    reason = BACKENDS[name].unusable('cpu', torch.float32)
+    return pytest.param(
+        name, marks=pytest.mark.skipif(bool(reason), reason=str(reason))
+    )
+
+
+backend_name = pytest.mark.parametrize('backend', [*map(runnable, BACKENDS)])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
