@@ -250,21 +250,22 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
                 f'The config has no {key!r}.{_did_you_mean(key, cfg)} It may be one '
                 'that others are meant to inherit.'
             )
-    check_checkpoint(cfg.get('load_from'), 'load_from')
+    check_checkpoint(cfg.get('load_from'), 'load_from', cfg)
     if 'train' in splits:
         # MMEngine does not check this one, and fails on the missing class later.
         _registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
         for path, part in _dicts(cfg.model, 'model'):
             if part.get('type') == 'Pretrained':
-                check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint')
+                check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint', cfg)
     for split in splits:
-        name = f'{split}_dataloader'
-        for path, dataset in _dicts((cfg.get(name) or {}).get('dataset', {}), name):
+        loader, name = cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'
+        for path, dataset in _dicts(loader.get('dataset'), f'{name}.dataset'):
             if {'ann_file', 'data_root', 'data_prefix'} & set(dataset):
                 _check_dataset(cfg, path, dataset)
-        for path, evaluator in _dicts(cfg.get(f'{split}_evaluator'), split):
+        name = f'{split}_evaluator'
+        for path, evaluator in _dicts(cfg.get(name), name):
             if _is_local(evaluator, evaluator.get('ann_file')):
-                _check_exists(Path(evaluator.ann_file), f'{path}_evaluator.ann_file')
+                _check_exists(Path(evaluator.ann_file), f'{path}.ann_file', cfg)
 
 
 def _registered(registry: Registry, kind: Any) -> Any:
@@ -295,8 +296,13 @@ def _unknown_type(registry: Registry, kind: str) -> str:
     )
 
 
-def check_checkpoint(path: str | None, what: str) -> None:
+def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> None:
     """Refuse a checkpoint path that names no file; URLs pass.
+
+    Args:
+        path: The path; None passes too.
+        what: The flag, or the key of the config, that gave it.
+        cfg: The config, where it gave the path.
 
     Raises:
         UserError: If ``path`` is a placeholder or a local file that does not exist.
@@ -305,22 +311,35 @@ def check_checkpoint(path: str | None, what: str) -> None:
         return
     if re.search(r'path[/_]?to|<.*>', str(path)):
         raise UserError(
-            f'{what} is a placeholder: {path}. Put the path of your checkpoint there'
-            f'{" (null trains from scratch)" if what != "checkpoint" else ""}.'
+            f'{what} is a placeholder: {path}. Put the path of your checkpoint there.'
         )
-    _check_exists(Path(path).expanduser(), what)
+    try:
+        _check_exists(Path(path).expanduser(), what, cfg)
+    except UserError as error:
+        if cfg is None:
+            raise
+        key = what.removesuffix('.checkpoint')
+        raise UserError(f'{error} {key}=None starts from random weights.') from None
 
 
-def _check_exists(path: Path, what: str) -> None:
-    if not path.exists():
-        parent = path.absolute().parent
-        while not parent.exists():
-            parent = parent.parent
-        raise UserError(
-            f'{what}: {path} does not exist (the nearest folder that does is {parent}).'
-            ' Put the file or folder there, link it, or point the config elsewhere '
-            'with --cfg-options.'
-        )
+def _check_exists(path: Path, what: str, cfg: Config | None) -> None:
+    if path.exists():
+        return
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    message = f'{what}: {path} does not exist (the nearest folder that does: {parent}).'
+    if cfg is not None:
+        # '{{$NAME:default}}' in a config is replaced by an environment variable.
+        places = dict(re.findall(r'\{\{\$(\w+):(\S*?)\}\}', cfg.text))
+        ways = [
+            f'the environment variable {name}'
+            for name, default in places.items()
+            if str(path).startswith(os.environ.get(name, default))
+        ]
+        ways.append(f'--cfg-options {what}=PLACE')
+        message += f' Put it there, or name its place with {" or ".join(ways)}.'
+    raise UserError(message)
 
 
 def _is_local(cfg: dict, path: Any) -> bool:
@@ -366,7 +385,9 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
         ):
             if _is_local(dataset, part or root):
                 _check_exists(
-                    Path(root, part or '').expanduser(), f'{path}.{key}'.rstrip('.')
+                    Path(root, part or '').expanduser(),
+                    f'{path}.{key}'.rstrip('.'),
+                    cfg,
                 )
 
     classes = _classes(path, dataset, cls)
@@ -375,9 +396,13 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     ann_file = dataset.get('ann_file')
     if _is_local(dataset, ann_file) and _loads_as_coco(cls):
         _check_categories(path, Path(root, ann_file).expanduser(), classes)
-    # Panoptic boxes are of fewer classes than the data set; models that read the class
-    # names as text count its tokens.
-    if 'thing_classes' in getattr(cls, 'METAINFO', {}) or 'language_model' in cfg.model:
+    # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
+    # videos, and models that read the class names as text count otherwise.
+    if 'thing_classes' in getattr(cls, 'METAINFO', {}) or {
+        'detector',
+        'language_model',
+        'text_encoder',
+    } & set(cfg.model):
         return
     heads = ('bbox_head', 'mask_head', 'decode_head', 'head')
     for head_path, head in _dicts(cfg.model, 'model'):

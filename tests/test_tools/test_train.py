@@ -41,19 +41,17 @@ def forget_runs() -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tool:
-    """Run ``tools/NAME.py`` in this process on a tiny config of tests/tiny.
+    """Run ``tools/NAME.py`` in this process, on tests/tiny or the config given first.
 
     Returns the message it ended with, '' for success.
     """
 
     def run(name: str, task: str, *arguments: str | Path) -> str:
         pytest.importorskip(LIBRARIES[task])
-        data = request.getfixturevalue(DATA[task])
-        monkeypatch.setenv('TINY_DATA', os.environ.get('TINY_DATA', str(data)))
-        config = arguments[0] if str(arguments[:1]).count('.py') else None
-        words = [] if config else [ROOT / 'tests' / 'tiny' / f'{task}.py']
-        words += arguments
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, words)])
+        monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(DATA[task])))
+        if Path(*arguments[:1]).suffix != '.py':
+            arguments = (ROOT / 'tests' / 'tiny' / f'{task}.py', *arguments)
+        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
         monkeypatch.syspath_prepend(ROOT / 'tools')
         forget_runs()
         try:
@@ -325,22 +323,22 @@ def edited(tmp_path: Path, task: str, text: str) -> Path:
         (
             'detector',
             'train_dataloader.dataset.data_root=nowhere',
-            'train_dataloader.data_root: nowhere does not exist.*nearest folder',
+            'train_dataloader.dataset.data_root: nowhere does not exist.*nearest',
         ),
         (
             'detector',
             'train_dataloader.dataset.ann_file=none.json',
-            'train_dataloader.ann_file: .*none.json does not exist',
+            'train_dataloader.dataset.ann_file: .*none.json does not exist',
         ),
         (
             'detector',
             'train_dataloader.dataset.data_prefix.img=none',
-            'train_dataloader.data_prefix.img: .*none does not exist',
+            'train_dataloader.dataset.data_prefix.img: .*none does not exist',
         ),
         (
             'segmenter',
             'val_dataloader.dataset.data_prefix.seg_map_path=none',
-            'val_dataloader.data_prefix.seg_map_path: .*none does not exist',
+            'val_dataloader.dataset.data_prefix.seg_map_path: .*none does not exist',
         ),
         (
             'detector',
@@ -392,6 +390,17 @@ def test_config_file_error_is_one_message(text, expected, tool, tmp_path):
     message = tool('train', 'detector', file, '--work-dir', tmp_path)
     assert message.startswith('Error: ')
     assert re.search(expected, message, re.DOTALL), message
+
+
+def test_missing_data_names_the_variable_for_its_place(tool, tmp_path, monkeypatch):
+    monkeypatch.setitem(DATA, 'detector', 'nowhere')
+    message = tool('train', 'detector', '--work-dir', tmp_path)
+    assert re.search('no-such-folder does not exist.*variable TINY_DATA or', message)
+
+
+@pytest.fixture
+def nowhere() -> str:
+    return 'no-such-folder'
 
 
 def test_missing_config_names_similar_ones(tool):
@@ -477,7 +486,7 @@ def test_checkpoint_of_another_model(checkpoint, tool, tmp_path):
     options = ['--cfg-options', f'load_from={tmp_path / "other.pth"}']
     message = tool('train', 'segmenter', '--work-dir', tmp_path / 'work', *options)
     found = re.search(r'does not fit the model: (\d+) of (\d+) parameters', message)
-    assert found and found[1] == found[2]
+    assert found and found[1] == found[2], message
 
 
 @pytest.mark.parametrize(
