@@ -46,7 +46,13 @@ PRECEDENCE = (
 )
 # default_scope -> what pip installs for it
 LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
-DATALOADERS = ('train_dataloader', 'val_dataloader', 'test_dataloader')
+# What the runner builds its loops from: all of a row, or none.
+PARTS = {
+    'model': ('model',),
+    'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
+    'val': ('val_dataloader', 'val_cfg', 'val_evaluator'),
+    'test': ('test_dataloader', 'test_cfg', 'test_evaluator'),
+}
 
 
 class UserError(Exception):
@@ -184,8 +190,8 @@ def _similar_files(path: Path) -> str:
 
 def _set_dataloader_defaults(cfg: Config, args: argparse.Namespace) -> None:
     """Complete the data loaders with what this machine can do."""
-    for name in DATALOADERS:
-        loader = cfg.get(name)
+    for split in ('train', 'val', 'test'):
+        loader = cfg.get(f'{split}_dataloader')
         if not loader:
             continue
         if cfg.default_scope == 'mmpretrain':  # what its own tools/train.py assumes
@@ -239,16 +245,14 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
             checkpoint is missing, if annotated categories do not fit ``classes``, or
             ``num_classes`` of a head does not fit the data set.
     """
-    required = {
-        'train': ('train_dataloader', 'train_cfg', 'optim_wrapper'),
-        'val': (),
-        'test': ('test_dataloader', 'test_cfg', 'test_evaluator'),
-    }
-    for key in ('model', *(key for split in splits for key in required[split])):
-        if cfg.get(key) is None:
+    for split, parts in PARTS.items():
+        absent = [part for part in parts if cfg.get(part) is None]
+        # Validation may be left out, but not in part.
+        needed = split == 'model' or (split in splits and split != 'val')
+        if absent and (needed or len(absent) < len(parts)):
             raise UserError(
-                f'The config has no {key!r}.{_did_you_mean(key, cfg)} It may be one '
-                'that others are meant to inherit.'
+                f'The config has no {absent[0]!r}.{_did_you_mean(absent[0], cfg)} It '
+                'may be one that others are meant to inherit.'
             )
     check_checkpoint(cfg.get('load_from'), 'load_from', cfg)
     if 'train' in splits:

@@ -310,6 +310,8 @@ def edited(tmp_path: Path, task: str, text: str) -> Path:
         ('detector', 'param_scheduler.0.type=LinearRL', 'LinearRL.*LinearLR'),
         ('detector', 'train_dataloader.dataset.pipeline.0.type=LoadImage', 'LoadImage'),
         ('detector', 'train_dataloader.dataset.type=CocoDataSet', 'CocoDataset'),
+        ('detector', 'train_dataloader.bach_size=4', "unexpected.*'bach_size'"),
+        ('detector', 'train_cfg.max_epoch=4', "no argument 'max_epoch'.*max_epochs"),
         ('detector', 'model.bbox_head.num_classes=80', 'num_classes is 80.*2 classes'),
         ('segmenter', 'model.decode_head.num_classes=19', 'num_classes is 19.*2 clas'),
         ('detector', 'load_from=/path/to/rednet50.pth', 'load_from is a placeholder'),
@@ -379,6 +381,8 @@ def test_config_error_is_one_message(task, option, expected, tool, tmp_path):
         ('x = y', "Cannot read the config .*NameError: name 'y' is not defined"),
         ("_base_ = './none.py'  #", 'Cannot read the config .*none.py'),
         ('train_dataloader = None', "no 'train_dataloader'"),
+        ('model = None', "no 'model'"),
+        ('val_evaluator = None', "no 'val_evaluator'"),
         (
             "custom_imports = dict(imports=['no_such_module'])",
             'no_such_module.*mmcls_involution.doctor',
