@@ -270,6 +270,7 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
         for path, evaluator in _dicts(cfg.get(name), name):
             if _is_local(evaluator, evaluator.get('ann_file')):
                 _check_exists(Path(evaluator.ann_file), f'{path}.ann_file', cfg)
+                _check_same_annotations(path, evaluator, loader)
 
 
 def _registered(registry: Registry, kind: Any) -> Any:
@@ -399,7 +400,9 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
         return
     ann_file = dataset.get('ann_file')
     if _is_local(dataset, ann_file) and _loads_as_coco(cls):
-        _check_categories(path, Path(root, ann_file).expanduser(), classes)
+        ann_file = Path(root, ann_file).expanduser()
+        _check_categories(path, ann_file, classes)
+        _check_first_photo(path, ann_file, Path(root, prefix.get('img', '')))
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos, and models that read the class names as text count otherwise.
     if 'thing_classes' in getattr(cls, 'METAINFO', {}) or {
@@ -433,7 +436,8 @@ def _classes(path: str, dataset: dict, cls: type | None) -> list[str] | None:
         if not Path(classes).expanduser().is_file():
             raise UserError(
                 f'{path}: classes is the text {classes!r}, and no file has that name. '
-                f"A single class is written with a comma: classes=('{classes}',)."
+                f"A single class is written classes=('{classes}',), with a comma, or "
+                f'on the command line classes="[{classes}]".'
             )
         return Path(classes).expanduser().read_text().splitlines()
     if classes is None:
@@ -476,26 +480,63 @@ def _check_categories(path: str, ann_file: Path, classes: list[str]) -> None:
     )
 
 
+def _check_first_photo(path: str, ann_file: Path, folder: Path) -> None:
+    """Refuse a photo folder that does not hold the photos of the annotation file."""
+    name = _read_coco(ann_file, 'images', rb'"file_name"\s*:\s*(?=")')
+    if not (folder / name).expanduser().exists():
+        raise UserError(
+            f'{path}: {ann_file} names the photo {name}, which is not in the folder '
+            f'{folder}. Set data_prefix=dict(img=...) to the folder of the photos, '
+            'relative to data_root.'
+        )
+
+
+def _check_same_annotations(path: str, evaluator: dict, loader: dict) -> None:
+    """Refuse to compare with other annotations than those of the data set."""
+    dataset = loader.get('dataset') or {}
+    if evaluator.get('type') != 'CocoMetric' or dataset.get('type') != 'CocoDataset':
+        return
+    used = Path(dataset.get('data_root') or '', dataset.ann_file)
+    if used.absolute() != Path(evaluator.ann_file).absolute():
+        raise UserError(
+            f'{path}.ann_file is {evaluator.ann_file}, but the data set reads {used}: '
+            f'the metrics would be wrong. Set both, with --cfg-options {path}.ann_file'
+            f'={used}.'
+        )
+
+
 def read_categories(ann_file: Path) -> list[str]:
     """Names of the categories of a COCO annotation file, in its order.
 
-    Only that part of the file is parsed: COCO's own is half a gigabyte.
-
     Raises:
         UserError: If the file has no list of categories with names.
+    """
+    categories = _read_coco(ann_file, 'categories', rb'(?=\[)')
+    if not all(isinstance(item, dict) and 'name' in item for item in categories):
+        raise UserError(
+            f'{ann_file} is not a COCO annotation file: not every item of its '
+            '"categories" has a "name".'
+        )
+    return [item['name'] for item in categories]
+
+
+def _read_coco(ann_file: Path, section: str, start: bytes) -> Any:
+    """The first value after ``start`` in a section of a COCO annotation file.
+
+    Only that value is parsed: COCO's own file is half a gigabyte.
     """
     try:
         with (
             ann_file.open('rb') as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            start = re.search(rb'"categories"\s*:\s*(?=\[)', content).end()
-            text = content[start : start + 2**24].decode(errors='ignore')
-        return [item['name'] for item in json.JSONDecoder().raw_decode(text)[0]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+            found = re.search(rf'"{section}"\s*:\s*(?=\[)'.encode(), content)
+            position = re.compile(start).search(content, found.end()).end()
+            text = content[position : position + 2**24].decode(errors='ignore')
+        return json.JSONDecoder().raw_decode(text)[0]
+    except (AttributeError, ValueError) as error:
         raise UserError(
-            f'{ann_file} is not a COCO annotation file: it has no "categories" list '
-            'whose items have a "name".'
+            f'{ann_file} is not a COCO annotation file: its "{section}" cannot be read.'
         ) from error
 
 

@@ -338,6 +338,11 @@ def edited(tmp_path: Path, task: str, text: str) -> Path:
             'train_dataloader.dataset.data_prefix.img: .*none does not exist',
         ),
         (
+            'detector',
+            'train_dataloader.dataset.data_prefix.img=..',
+            'names the photo 0.png, which is not in the folder',
+        ),
+        (
             'segmenter',
             'val_dataloader.dataset.data_prefix.seg_map_path=none',
             'val_dataloader.dataset.data_prefix.seg_map_path: .*none does not exist',
@@ -456,6 +461,15 @@ def test_annotation_file_that_is_not_coco(text, tmp_path, tool):
     option = f'train_dataloader.dataset.ann_file={tmp_path / "ann.json"}'
     message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
     assert 'is not a COCO annotation file' in message
+
+
+def test_metrics_of_other_annotations(coco_root, tmp_path, tool):
+    other = tmp_path / 'ann.json'
+    shutil.copy(coco_root / 'ann.json', other)
+    option = f'val_dataloader.dataset.ann_file={other}'
+    message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
+    assert f'but the data set reads {other}' in message
+    assert f'--cfg-options val_evaluator.ann_file={other}' in message
 
 
 # ---------------------------------------------------------------------- errors of tests
