@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,10 +25,15 @@ FILES = ['setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md']
 FILES += ['model-index.yml']
 
 
-def python(*arguments: str | Path, cwd: Path) -> str:
+KERNELS = 'mmcls_involution/ops/native/_kernels.abi3.so'
+NO_COMPILER = {'CC': 'false', 'CXX': 'false'}
+
+
+def python(*arguments: str | Path, cwd: Path, **env: str) -> str:
     result = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,
+        env={**os.environ, **env},
         capture_output=True,
         text=True,
         timeout=300,
@@ -45,7 +51,7 @@ def clone(tmp_path_factory) -> Path:
             shutil.copytree(
                 ROOT / part,
                 folder / part,
-                ignore=shutil.ignore_patterns('__pycache__', '.mim'),
+                ignore=shutil.ignore_patterns('__pycache__', '.mim', '*.so'),
             )
     for file in FILES:
         if (ROOT / file).exists():
@@ -63,7 +69,8 @@ def wheel(clone, tmp_path_factory) -> zipfile.ZipFile:
     options = ['--no-deps', '--no-build-isolation', '--no-index', '--quiet']
     python('-m', 'pip', 'wheel', *options, '-w', out, '.', cwd=clone)
     (file,) = out.iterdir()
-    assert file.name == f'mmcls_involution-{__version__}-py3-none-any.whl'
+    # the kernels link neither torch nor one version of Python
+    assert file.name.startswith(f'mmcls_involution-{__version__}-cp311-abi3-')
     return zipfile.ZipFile(file)
 
 
@@ -85,11 +92,27 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
             if file.is_file() and '__pycache__' not in file.parts
         }
     packaged = {name for name in names if '.dist-info/' not in name}
-    assert packaged == expected
+    assert packaged - {KERNELS} == expected
     assert 'mmcls_involution/.mim/tools/setup_env.py' in packaged
 
 
-def test_source_distribution_makes_the_same_wheel(wheel, clone, tmp_path):
+@pytest.mark.skipif(
+    shutil.which('g++') is None, reason='g++, which builds the kernels, is missing'
+)
+def test_wheel_holds_kernels_that_need_no_torch(wheel, tmp_path):
+    library = wheel.extract(KERNELS, tmp_path)
+    program = (
+        'import ctypes, sys\n'
+        f'library = ctypes.CDLL({library!r})\n'
+        'name = library.involution_instruction_set\n'
+        'name.restype = ctypes.c_char_p\n'
+        'print(name().decode(), "torch" in sys.modules)'
+    )
+    name, torch = python('-c', program, cwd=tmp_path).split()
+    assert name in ('avx512', 'avx2', 'baseline') and torch == 'False'
+
+
+def test_source_distribution_installs_without_a_compiler(wheel, clone, tmp_path):
     program = (
         'import sys; from setuptools import build_meta; '
         'build_meta.build_sdist(sys.argv[1])'
@@ -98,9 +121,31 @@ def test_source_distribution_makes_the_same_wheel(wheel, clone, tmp_path):
     (file,) = tmp_path.glob('*.tar.gz')
     shutil.unpack_archive(file, tmp_path)
     program = program.replace('sdist', 'wheel')
-    python('-c', program, tmp_path, cwd=tmp_path / file.name.removesuffix('.tar.gz'))
+    folder = tmp_path / file.name.removesuffix('.tar.gz')
+    names = {str(path.relative_to(folder)) for path in folder.glob('**/*')}
+    sources = clone / 'mmcls_involution' / 'ops' / 'native'
+    assert names >= {str(path.relative_to(clone)) for path in sources.iterdir()}
+    python('-c', program, tmp_path, cwd=folder, **NO_COMPILER)
     (file,) = tmp_path.glob('*.whl')
-    assert set(zipfile.ZipFile(file).namelist()) == set(wheel.namelist())
+    assert set(zipfile.ZipFile(file).namelist()) == set(wheel.namelist()) - {KERNELS}
+
+    program = (
+        'import torch\n'
+        'from mmcls_involution.ops import Involution2d\n'
+        'layer = Involution2d(16)\n'
+        'for _ in range(2):\n'
+        '    print(layer(torch.ones(1, 16, 5, 7)).shape)'
+    )
+    shutil.unpack_archive(file, tmp_path / 'site', 'zip')
+    result = subprocess.run(
+        [sys.executable, '-c', program],
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(tmp_path / 'site')},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.count('torch.Size([1, 16, 5, 7])') == 2
+    assert result.stderr.count('kernels of involution are not in use') == 1
 
 
 def test_license_field_classifier_and_file_agree(wheel, metadata):
@@ -182,7 +227,7 @@ def test_editable_install_links_configs_and_tools(clone, tmp_path):
         'build_meta.build_editable(sys.argv[1])'
     )
     for _ in range(2):  # a second install replaces the links
-        python('-c', program, tmp_path, cwd=clone)
+        python('-c', program, tmp_path, cwd=clone, **NO_COMPILER)
     mim = clone / 'mmcls_involution' / '.mim'
     for part in ('configs', 'tools'):
         assert (mim / part).resolve() == clone / part
