@@ -34,4 +34,8 @@ int32_t involution(Operation operation, DType dtype, const Problem *problem, con
 // The instruction set in use: "avx512", "avx2" or "baseline".
 __attribute__((visibility("default")))
 const char *involution_instruction_set();
+
+// For tests: uses another one from now on. Returns 1 if this machine does not have it.
+__attribute__((visibility("default")))
+int32_t involution_use_instruction_set(const char *name);
 }

@@ -1,6 +1,7 @@
 // Choice of instruction set, threads, and the C interface.
 
 #include <atomic>
+#include <cstring>
 #include <thread>
 #include <vector>
 
@@ -27,20 +28,23 @@ struct InstructionSet {
   decltype(&baseline::run_tiles) run_tiles;
 };
 
-InstructionSet choose() {
+// Those of this machine, the best one first.
+std::vector<InstructionSet> supported() {
+  std::vector<InstructionSet> sets;
 #ifdef __x86_64__
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-    return {"avx512", avx512::tile_count, avx512::run_tiles};
+    sets.push_back({"avx512", avx512::tile_count, avx512::run_tiles});
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {"avx2", avx2::tile_count, avx2::run_tiles};
+    sets.push_back({"avx2", avx2::tile_count, avx2::run_tiles});
 #endif
-  return {"baseline", baseline::tile_count, baseline::run_tiles};
+  sets.push_back({"baseline", baseline::tile_count, baseline::run_tiles});
+  return sets;
 }
 
-const InstructionSet &instruction_set() {
-  static const InstructionSet chosen = choose();
+InstructionSet &instruction_set() {
+  static InstructionSet chosen = supported().front();
   return chosen;
 }
 
@@ -88,3 +92,12 @@ int32_t involution(Operation operation, DType dtype, const Problem *problem, con
 }
 
 const char *involution_instruction_set() { return instruction_set().name; }
+
+int32_t involution_use_instruction_set(const char *name) {
+  for (const InstructionSet &set : supported())
+    if (std::strcmp(set.name, name) == 0) {
+      instruction_set() = set;
+      return 0;
+    }
+  return 1;
+}

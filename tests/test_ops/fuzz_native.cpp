@@ -1,0 +1,104 @@
+// Random problems through the C++ kernels, against plain loops. Built with sanitizers by
+// test_native.py; every array has its exact size, so that a step outside is seen.
+//
+//   fuzz_native NUMBER_OF_PROBLEMS SEED
+
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "involution.h"
+
+using Array = std::vector<double>;
+
+// Calls f(index into the input, the kernels and the output) for every multiplication.
+template <class F> void for_each(const Problem &p, F &&f) {
+  const int64_t per_group = p.channels / p.groups;
+  for (int64_t n = 0; n < p.batch; ++n)
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t u = 0; u < p.kernel[0]; ++u)
+        for (int64_t v = 0; v < p.kernel[1]; ++v)
+          for (int64_t i = 0; i < p.output[0]; ++i)
+            for (int64_t j = 0; j < p.output[1]; ++j) {
+              const int64_t y = i * p.stride[0] + u * p.dilation[0] - p.padding[0];
+              const int64_t x = j * p.stride[1] + v * p.dilation[1] - p.padding[1];
+              if (y < 0 || y >= p.input[0] || x < 0 || x >= p.input[1]) continue;
+              const int64_t group = n * p.groups + c / per_group;
+              const int64_t kernel = (group * p.kernel[0] + u) * p.kernel[1] + v;
+              f(((n * p.channels + c) * p.input[0] + y) * p.input[1] + x,
+                (kernel * p.output[0] + i) * p.output[1] + j,
+                ((n * p.channels + c) * p.output[0] + i) * p.output[1] + j);
+            }
+}
+
+template <class T> bool agrees(Operation operation, DType dtype, const Problem &p, const Array &a,
+                               const Array &b, const Array &expected, double tolerance) {
+  const std::vector<T> first(a.begin(), a.end()), second(b.begin(), b.end());
+  std::vector<T> out(expected.size(), T(1e9));
+  if (involution(operation, dtype, &p, first.data(), second.data(), out.data(), nullptr, 2)) return false;
+  for (size_t i = 0; i < out.size(); ++i)
+    if (!(std::abs(out[i] - expected[i]) <= tolerance * (1 + std::abs(expected[i])))) return false;
+  return true;
+}
+
+// Half precision has no type here: only the memory that it touches is checked.
+void touch(Operation operation, DType dtype, const Problem &p, size_t a, size_t b, size_t out) {
+  const std::vector<uint16_t> first(a, 0x3c01), second(b, 0x3c01);
+  std::vector<uint16_t> result(out);
+  involution(operation, dtype, &p, first.data(), second.data(), result.data(), nullptr, 2);
+}
+
+int main(int, char **argv) {
+  std::mt19937 random(std::atoi(argv[2]));
+  auto draw = [&](int low, int high) { return int64_t(low + random() % (high - low + 1)); };
+  const char *sets[] = {"avx512", "avx2", "baseline"};
+  const long problems = std::atol(argv[1]);
+  for (long k = 0; k < problems; ++k) {
+    involution_use_instruction_set(sets[k % 3]);
+    Problem p;
+    p.batch = draw(0, 2), p.groups = draw(1, 2);
+    p.channels = p.groups * (k % 2 ? draw(1, 9) : draw(1, 34));
+    for (int d = 0; d < 2; ++d) {
+      p.kernel[d] = draw(1, 5), p.stride[d] = draw(1, 3);
+      p.padding[d] = draw(0, 6), p.dilation[d] = draw(1, 3);
+      p.input[d] = k % 64 == 0 && d == 1 ? draw(250, 530) : draw(1, 19);
+      const int64_t span = p.input[d] + 2 * p.padding[d] - p.dilation[d] * (p.kernel[d] - 1) - 1;
+      p.output[d] = span < 0 ? 0 : span / p.stride[d] + 1;
+    }
+    if (p.output[0] == 0 || p.output[1] == 0) continue;
+    const size_t pixels = p.batch * p.channels * p.input[0] * p.input[1];
+    const size_t outputs = p.batch * p.channels * p.output[0] * p.output[1];
+    const size_t weights = p.batch * p.groups * p.kernel[0] * p.kernel[1] * p.output[0] * p.output[1];
+    Array x(pixels), w(weights), g(outputs), y(outputs), gx(pixels), gw(weights);
+    for (Array *array : {&x, &w, &g})
+      for (double &value : *array) value = float(draw(-1000, 1000)) / 500;
+    for_each(p, [&](int64_t xi, int64_t wi, int64_t yi) {
+      y[yi] += x[xi] * w[wi];
+      gx[xi] += g[yi] * w[wi];
+      gw[wi] += g[yi] * x[xi];
+    });
+    const bool good = agrees<double>(kForward, kFloat64, p, x, w, y, 1e-13) &&
+                      agrees<double>(kGradInput, kFloat64, p, g, w, gx, 1e-13) &&
+                      agrees<double>(kGradWeight, kFloat64, p, g, x, gw, 1e-13) &&
+                      agrees<float>(kForward, kFloat32, p, x, w, y, 1e-4) &&
+                      agrees<float>(kGradInput, kFloat32, p, g, w, gx, 1e-4) &&
+                      agrees<float>(kGradWeight, kFloat32, p, g, x, gw, 1e-4);
+    for (DType dtype : {kFloat16, kBFloat16}) {
+      touch(kForward, dtype, p, pixels, weights, outputs);
+      touch(kGradInput, dtype, p, outputs, weights, pixels);
+      touch(kGradWeight, dtype, p, outputs, pixels, weights);
+    }
+    if (!good) {
+      std::printf("problem %ld is wrong with %s: batch %ld channels %ld groups %ld", k,
+                  involution_instruction_set(), long(p.batch), long(p.channels), long(p.groups));
+      for (const int64_t *pair : {p.kernel, p.input, p.stride, p.padding, p.dilation})
+        std::printf(" (%ld, %ld)", long(pair[0]), long(pair[1]));
+      std::printf("\n");
+      return 1;
+    }
+  }
+  std::printf("%ld problems agree\n", problems);
+  return 0;
+}

@@ -1,0 +1,145 @@
+"""What the C++ kernels add to test_involution2d: instruction sets, threads, memory."""
+
+import random
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmcls_involution.ops import native, output_size, tap_sum
+
+REASON = native.unusable('cpu', torch.float32)
+built = pytest.mark.skipif(bool(REASON), reason=f'{REASON}')
+SOURCES = Path(native.__file__).parent
+NAMES = ('forward', 'grad_input', 'grad_weight')
+
+
+@pytest.fixture
+def library():
+    library = native._library()
+    best = library.involution_instruction_set()
+    yield library
+    library.involution_use_instruction_set(best)
+
+
+def problem(rng, dtype):
+    """Tensors and arguments of the three operations, in the order of NAMES."""
+
+    def pair(low, high):
+        return rng.randint(low, high), rng.randint(low, high)
+
+    kernel, stride, padding, dilation = pair(1, 5), pair(1, 3), pair(0, 5), pair(1, 3)
+    width = rng.choice([rng.randint(1, 30), rng.randint(250, 270)])
+    size = rng.randint(1, 20), width
+    out_size = output_size(size, kernel, stride, padding, dilation)
+    if min(out_size) < 1:
+        return problem(rng, dtype)
+    n, groups, per_group = rng.randint(1, 2), rng.randint(1, 3), rng.randint(1, 34)
+    x = torch.randn(n, groups * per_group, *size).to(dtype)
+    weight = torch.randn(n, groups, *kernel, *out_size).to(dtype)
+    grad = torch.randn(n, groups * per_group, *out_size).to(dtype)
+    arguments = stride, padding, dilation
+    return (
+        (x, weight, *arguments),
+        (grad, weight, size, *arguments),
+        (grad, x, weight.shape, *arguments),
+    )
+
+
+def run(module, name, arguments):
+    return getattr(module, name)(*arguments)
+
+
+@built
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+@pytest.mark.parametrize('instruction_set', [b'avx512', b'avx2', b'baseline'])
+def test_random_problems(library, instruction_set, dtype):
+    """Within rounding of float64, the error of one rounding for half precision."""
+    if library.involution_use_instruction_set(instruction_set):
+        pytest.skip(f'this processor has no {instruction_set.decode()}')
+    rng = random.Random(f'{instruction_set}{dtype}')
+    tolerance = 4 if dtype in (torch.float32, torch.float64) else 0.51
+    for _ in range(40):
+        for name, arguments in zip(NAMES, problem(rng, dtype), strict=True):
+            exact = run(
+                tap_sum,
+                name,
+                [a.double() if torch.is_tensor(a) else a for a in arguments],
+            )
+            ours = run(native, name, arguments)
+            assert ours.dtype == dtype
+            error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(1e-30)
+            assert error <= tolerance * torch.finfo(dtype).eps, (name, arguments[2:])
+
+
+@built
+@pytest.mark.parametrize('value', [0.0, 6e-8, 65504.0, 1e38, torch.inf, torch.nan])
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_extreme_values_convert_as_in_torch(dtype, value):
+    """A kernel of one tap of weight 1 copies its input."""
+    x = torch.tensor([value, -value, value / 3]).to(dtype).view(1, 3, 1, 1)
+    weight = torch.ones(1, 1, 1, 1, 1, 1, dtype=dtype)
+    out = native.forward(x, weight, (1, 1), (0, 0), (1, 1))
+    torch.testing.assert_close(out, x, rtol=0, atol=0, equal_nan=True)
+
+
+@built
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_results_round_as_in_torch(dtype):
+    """Products of two half-precision numbers are exact in float32."""
+    x = torch.randn(1, 64, 9, 33).to(dtype)
+    weight = (torch.randn(1, 1, 1, 1, 9, 33) * 2.0 ** torch.randint(-14, 4, ())).to(
+        dtype
+    )
+    out = native.forward(x, weight, (1, 1), (0, 0), (1, 1))
+    expected = (x.float() * weight.float().view(1, 1, 9, 33)).to(dtype)
+    assert torch.equal(out, expected)
+
+
+@built
+def test_threads_do_not_change_the_result(monkeypatch):
+    rng = random.Random(0)
+    threads = torch.get_num_threads()
+    try:
+        for _ in range(10):
+            for name, arguments in zip(NAMES, problem(rng, torch.float32), strict=True):
+                results = []
+                for count in (1, 2, 5):
+                    torch.set_num_threads(count)
+                    results.append(run(native, name, arguments))
+                with monkeypatch.context() as patch:  # torch < 2.10
+                    patch.setattr(native, '_parallel_for', lambda: None)
+                    results.append(run(native, name, arguments))
+                assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_missing_library_is_said_once(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr(native, '__file__', str(tmp_path / '__init__.py'))
+    native._library.cache_clear()
+    try:
+        for _ in range(2):
+            reason = native.unusable('cpu', torch.float32)
+            assert reason == (
+                'the C++ kernels were not built; install with a C++ compiler'
+            )
+    finally:
+        native._library.cache_clear()
+    assert caplog.text.count('C++ kernels of involution are not in use') == 1
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='g++ is not installed')
+def test_sanitizers_find_nothing(tmp_path):
+    program = tmp_path / 'fuzz_native'
+    flags = ['-std=c++17', '-O1', '-pthread', f'-I{SOURCES}']
+    sanitizers = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all']
+    sources = [Path(__file__).with_name('fuzz_native.cpp'), *SOURCES.glob('*.cpp')]
+    subprocess.run(
+        ['g++', *flags, *sanitizers, *map(str, sources), '-o', str(program)], check=True
+    )
+    result = subprocess.run([program, '500', '0'], capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert '500 problems agree' in result.stdout

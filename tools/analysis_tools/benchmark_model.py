@@ -1,0 +1,150 @@
+"""Time RedNet against MMPretrain's ResNet of the same depth.
+
+    python tools/analysis_tools/benchmark_model.py [--shape 8x3x224x224 ...] [--amp] ...
+
+Inference and training step of the backbones with all four stages out, both networks
+treated alike, in turns in one process: the ratios hold where absolute times drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+
+import torch
+from benchmark_utils import (
+    console,
+    describe_machine,
+    peak_memory,
+    print_table,
+    time_in_turns,
+    write_csv,
+)
+from mmcv.cnn import fuse_conv_bn
+
+from mmcls_involution import compat
+from mmcls_involution.models import RedNet
+
+TREATMENTS = ('eager', 'fused', 'channels_last')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        '--depth', type=int, choices=(50, 101, 152), default=50, help='default: 50'
+    )
+    parser.add_argument(
+        '--shape',
+        nargs='+',
+        default=['8x3x224x224', '1x3x800x1216'],
+        help='batch x channels x height x width (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--treatment',
+        nargs='+',
+        choices=TREATMENTS,
+        default=list(TREATMENTS),
+        help='of both networks in inference: as they are; batch norm folded into the '
+        'convolutions; folded and channels_last (default: all)',
+    )
+    parser.add_argument(
+        '--device', default='cuda' if torch.cuda.is_available() else 'cpu'
+    )
+    parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    parser.add_argument('--compile', action='store_true', help='use torch.compile')
+    parser.add_argument('--no-train', action='store_true', help='inference alone')
+    parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
+    parser.add_argument(
+        '--out', type=Path, default=Path('work_dirs/benchmark_model.csv')
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    compat.apply()
+    from mmpretrain.models import ResNet
+
+    console.print(describe_machine(args.device))
+    stages = dict(depth=args.depth, out_indices=(0, 1, 2, 3))
+    models = {
+        'RedNet': RedNet(**stages).to(args.device),
+        'ResNet': ResNet(**stages).to(args.device),
+    }
+
+    def autocast() -> torch.autocast:
+        kind = torch.device(args.device).type
+        return torch.autocast(kind, torch.bfloat16, enabled=args.amp)
+
+    def prepare(model: torch.nn.Module, treatment: str) -> torch.nn.Module:
+        model = copy.deepcopy(model).eval()
+        if treatment != 'eager':
+            model = fuse_conv_bn(model)
+        if treatment == 'channels_last':
+            model = model.to(memory_format=torch.channels_last)
+        return torch.compile(model) if args.compile else model
+
+    def inference(model: torch.nn.Module, x: torch.Tensor):
+        def run() -> None:
+            with torch.inference_mode(), autocast():
+                model(x)
+
+        return run
+
+    def training_step(model: torch.nn.Module, x: torch.Tensor):
+        model.train()
+        run_model = torch.compile(model) if args.compile else model
+
+        def run() -> None:
+            model.zero_grad()
+            with autocast():
+                loss = sum(level.square().mean() for level in run_model(x))
+            loss.backward()
+
+        return run
+
+    rows = []
+
+    def report(shape: str, what: str, functions: dict, memory: bool) -> None:
+        label = f'{shape} {what}'
+        seconds = time_in_turns(functions, args.device, args.rounds, label)
+        row = {'shape': shape, 'what': what}
+        for name, value in seconds.items():
+            row[f'{name} ms'] = value * 1e3
+        row['time ratio'] = seconds['RedNet'] / seconds['ResNet']
+        peaks = {
+            name: peak_memory(function, args.device) / 1e6 if memory else float('nan')
+            for name, function in functions.items()
+        }
+        for name, value in peaks.items():
+            row[f'{name} MB'] = value
+        row['memory ratio'] = peaks['RedNet'] / peaks['ResNet']
+        rows.append(row)
+        console.print(f'{label}: {row["time ratio"]:.2f} of the time')
+
+    for shape in args.shape:
+        x = torch.randn(*map(int, shape.split('x')), device=args.device)
+        for treatment in args.treatment:
+            images = x
+            if treatment == 'channels_last':
+                images = x.contiguous(memory_format=torch.channels_last)
+            functions = {
+                name: inference(prepare(model, treatment), images)
+                for name, model in models.items()
+            }
+            report(shape, f'inference, {treatment}', functions, memory=True)
+        if not args.no_train:
+            functions = {
+                name: training_step(model, x) for name, model in models.items()
+            }
+            report(shape, 'training step', functions, memory=True)
+    precision = 'bf16 autocast' if args.amp else 'fp32'
+    print_table(f'RedNet-{args.depth} against ResNet-{args.depth}, {precision}', rows)
+    write_csv(args.out, rows)
+
+
+if __name__ == '__main__':
+    main()

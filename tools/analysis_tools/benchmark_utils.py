@@ -1,0 +1,132 @@
+"""What the two benchmarks share: timing in turns, peak memory, tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+console = Console()
+
+
+def synchronize(device: str) -> None:
+    """Wait for the work that a GPU has been given."""
+    if device != 'cpu':
+        torch.get_device_module(device).synchronize()
+
+
+def time_in_turns(
+    functions: dict[str, Callable[[], object]],
+    device: str,
+    rounds: int,
+    description: str,
+) -> dict[str, float]:
+    """Median time of each function in seconds.
+
+    The functions run in turns, round by round, so that a machine whose speed drifts
+    slows all of them alike; the first round is a warm-up and does not count.
+
+    Args:
+        functions (dict[str, Callable]): What to time, by name.
+        device (str): Where they run.
+        rounds (int): Number of counted rounds.
+        description (str): Of the progress bar.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    rounds_shown = track(
+        range(rounds + 1), description, console=console, transient=True
+    )
+    for turn in rounds_shown:
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_memory(function: Callable[[], object], device: str) -> int:
+    """Bytes that tensors hold at most while ``function`` runs, above those before.
+
+    Memory that a library takes past torch's allocator is not seen.
+    """
+    if device != 'cpu':
+        module = torch.get_device_module(device)
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        function()
+        synchronize(device)
+        return module.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / 'trace.json'
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())['traceEvents']
+    events = [event for event in events if event.get('name') == '[memory]']
+    events.sort(key=lambda event: event['ts'])
+    held = peak = 0
+    for event in events:
+        held += event['args']['Bytes']
+        peak = max(peak, held)
+    return peak
+
+
+def copy_bandwidth(device: str, megabytes: int = 256) -> float:
+    """Bytes per second, read and written, of copying a tensor beyond the caches."""
+    source = torch.zeros(megabytes * 2**18, device=device)
+    target = torch.empty_like(source)
+    seconds = time_in_turns(
+        {'copy': lambda: target.copy_(source)}, device, 5, 'copy bandwidth'
+    )['copy']
+    return 2 * source.nbytes / seconds
+
+
+def describe_machine(device: str) -> str:
+    """One line: the processor or GPU, threads, and versions."""
+    if device != 'cpu':
+        name = torch.get_device_module(device).get_device_name()
+    else:
+        cpuinfo = Path('/proc/cpuinfo')
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        names = [line.split(': ')[1] for line in lines if line.startswith('model name')]
+        name = names[0] if names else platform.processor()
+        name += f', {torch.get_num_threads()} threads'
+    return f'{name}; torch {torch.__version__}, Python {platform.python_version()}'
+
+
+def print_table(title: str, rows: list[dict[str, object]]) -> None:
+    """Print dicts with the same keys as a table."""
+    table = Table(title=title, title_justify='left')
+    for key in rows[0]:
+        table.add_column(str(key), justify='right')
+    for row in rows:
+        table.add_row(*(_format(value) for value in row.values()))
+    console.print(table)
+
+
+def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    """Write dicts with the same keys to a CSV file, making its folder."""
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    console.print(f'Written: {path}')
+
+
+def _format(value: object) -> str:
+    return f'{value:.3g}' if isinstance(value, float) else str(value)
