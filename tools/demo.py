@@ -58,7 +58,14 @@ def run_tool(name: str, *args: object) -> None:
         StepError: If it fails.
     """
     command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
-    env = {**os.environ, 'CUDA_VISIBLE_DEVICES': '', 'PYTHONWARNINGS': 'ignore'}
+    env = {
+        **os.environ,
+        'CUDA_VISIBLE_DEVICES': '',
+        # The model is so small that a second thread gains little, and where another
+        # program keeps a core busy the threads' waiting makes it many times slower.
+        'OMP_NUM_THREADS': '1',
+        'PYTHONWARNINGS': 'ignore',
+    }
     tail: deque[str] = deque(maxlen=20)
     process = subprocess.Popen(
         command,

@@ -36,15 +36,18 @@ model = dict(
             out_channels=64, finest_scale=28, roi_layer=dict(sampling_ratio=1)
         ),
         mask_head=dict(
-            num_convs=2, in_channels=64, conv_out_channels=64, num_classes=4
+            num_convs=2, in_channels=64, conv_out_channels=32, num_classes=4
         ),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
         rpn_proposal=dict(nms_pre=200, max_per_img=100),
-        rcnn=dict(sampler=dict(num=32)),
+        rcnn=dict(sampler=dict(num=32, pos_fraction=0.5)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=100)),
+    test_cfg=dict(
+        rpn=dict(nms_pre=200, max_per_img=100),
+        rcnn=dict(nms=dict(class_agnostic=True)),
+    ),
 )
 
 data_root = '{{$SHAPES_ROOT:data/shapes}}'
@@ -69,11 +72,7 @@ train_dataloader = dict(
             dict(type='LoadImageFromFile'),
             dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
             dict(type='Resize', scale=image_scale),
-            dict(
-                type='RandomFlip',
-                prob=[0.25, 0.25, 0.25],
-                direction=['horizontal', 'vertical', 'diagonal'],
-            ),
+            dict(type='RandomFlip', prob=0.5),
             dict(type='PackDetInputs'),
         ],
     ),
@@ -106,7 +105,7 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 8
+max_epochs = 7
 randomness = dict(seed=0)
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
 val_cfg = dict(type='ValLoop')
@@ -127,6 +126,6 @@ param_scheduler = [
     ),
 ]
 default_hooks = dict(
-    logger=dict(interval=20),
+    logger=dict(interval=25),
     checkpoint=dict(interval=1, max_keep_ckpts=2),
 )

@@ -1,7 +1,7 @@
 """Draw a small instance-segmentation data set of shapes, in COCO format.
 
-Circles, squares, triangles and stars of any colour, size and angle lie over
-one another on a blurred, noisy ground. Nothing is read or downloaded; the same
+Circles, squares, triangles and stars of any colour and size, somewhat tilted,
+lie over one another on a blurred, noisy ground. Nothing is read or downloaded; the same
 seed draws the same images. Output, what configs/demo/ reads:
 
     data/shapes/images/{train,val}_*.jpg        256x256
@@ -28,19 +28,21 @@ from rich.progress import track
 CLASSES = ('circle', 'square', 'triangle', 'star')
 SPLIT_SIZES = {'train': 400, 'val': 50}
 IMAGE_SIZE = 256  # pixels
+MAX_TILT = np.pi / 8
 MIN_VISIBLE = 0.5  # of a shape's area, after all others are drawn
 
 
 def outline(cls: str, radius: float, angle: float) -> np.ndarray:
-    """Corner points [P, 2] of a shape around the origin.
+    """Corner points [P, 2] (x to the right, y down) of a shape around the origin.
 
     Args:
         cls (str): One of :data:`CLASSES`.
         radius (float): Distance of the outer corners from the centre.
-        angle (float): Rotation, in radians.
+        angle (float): Rotation from the upright position, in radians.
     """
     corners = {'circle': 90, 'square': 4, 'triangle': 3, 'star': 10}[cls]
-    angles = angle + np.arange(corners) * 2 * np.pi / corners
+    upright = {'square': np.pi / 4}.get(cls, -np.pi / 2)
+    angles = upright + angle + np.arange(corners) * 2 * np.pi / corners
     radii = np.full(corners, float(radius))
     if cls == 'star':
         radii[1::2] *= 0.45
@@ -85,7 +87,9 @@ def draw_scene(
         cls = CLASSES[rng.integers(len(CLASSES))]
         radius = rng.uniform(24, 60)
         centre = rng.uniform(0.6 * radius, IMAGE_SIZE - 0.6 * radius, 2)
-        share = coverage(centre + outline(cls, radius, rng.uniform(0, 2 * np.pi)))
+        share = coverage(
+            centre + outline(cls, radius, rng.uniform(-MAX_TILT, MAX_TILT))
+        )
         mask = share > 0.5
         left = [(old & ~mask).sum() for _, old in shapes]
         if any(n < MIN_VISIBLE * area for n, area in zip(left, areas, strict=True)):
