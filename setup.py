@@ -85,7 +85,9 @@ KERNELS = Extension(
     ],
     depends=[f'{NATIVE}/involution.h', f'{NATIVE}/kernels.h'],
     language='c++',
-    extra_compile_args=['-std=c++17', '-O3', '-fvisibility=hidden', '-pthread'],
+    extra_compile_args=[
+        *('-std=c++17', '-O3', '-g0', '-fvisibility=hidden', '-pthread'),
+    ],
     extra_link_args=['-pthread'],
     py_limited_api=True,
     optional=True,

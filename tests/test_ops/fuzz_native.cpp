@@ -50,6 +50,16 @@ void touch(Operation operation, DType dtype, const Problem &p, size_t a, size_t 
   involution(operation, dtype, &p, first.data(), second.data(), result.data(), nullptr, 2);
 }
 
+// [N,C,...pixels] to [N,...pixels,C], or kernels [N,G*K*K,...pixels] likewise.
+Array channels_last(const Array &array, int64_t batch, int64_t channels, int64_t pixels) {
+  Array out(array.size());
+  for (int64_t n = 0; n < batch; ++n)
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = 0; i < pixels; ++i)
+        out[(n * pixels + i) * channels + c] = array[(n * channels + c) * pixels + i];
+  return out;
+}
+
 int main(int, char **argv) {
   std::mt19937 random(std::atoi(argv[2]));
   auto draw = [&](int low, int high) { return int64_t(low + random() % (high - low + 1)); };
@@ -79,7 +89,14 @@ int main(int, char **argv) {
       gx[xi] += g[yi] * w[wi];
       gw[wi] += g[yi] * x[xi];
     });
-    const bool good = agrees<double>(kForward, kFloat64, p, x, w, y, 1e-13) &&
+    const int64_t in = p.input[0] * p.input[1], out = p.output[0] * p.output[1];
+    const Array x_last = channels_last(x, p.batch, p.channels, in);
+    const Array w_last =
+        channels_last(w, p.batch, p.groups * p.kernel[0] * p.kernel[1], out);
+    const Array y_last = channels_last(y, p.batch, p.channels, out);
+    const bool good = agrees<double>(kForwardChannelsLast, kFloat64, p, x_last, w_last, y_last, 1e-13) &&
+                      agrees<float>(kForwardChannelsLast, kFloat32, p, x_last, w_last, y_last, 1e-4) &&
+                      agrees<double>(kForward, kFloat64, p, x, w, y, 1e-13) &&
                       agrees<double>(kGradInput, kFloat64, p, g, w, gx, 1e-13) &&
                       agrees<double>(kGradWeight, kFloat64, p, g, x, gw, 1e-13) &&
                       agrees<float>(kForward, kFloat32, p, x, w, y, 1e-4) &&
@@ -87,6 +104,7 @@ int main(int, char **argv) {
                       agrees<float>(kGradWeight, kFloat32, p, g, x, gw, 1e-4);
     for (DType dtype : {kFloat16, kBFloat16}) {
       touch(kForward, dtype, p, pixels, weights, outputs);
+      touch(kForwardChannelsLast, dtype, p, pixels, weights, outputs);
       touch(kGradInput, dtype, p, outputs, weights, pixels);
       touch(kGradWeight, dtype, p, outputs, pixels, weights);
     }

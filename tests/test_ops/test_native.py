@@ -75,6 +75,25 @@ def test_random_problems(library, instruction_set, dtype):
 
 
 @built
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+@pytest.mark.parametrize('instruction_set', [b'avx512', b'avx2', b'baseline'])
+def test_channels_last_gives_the_same(library, instruction_set, dtype):
+    """Kernels as a channels_last convolution makes them."""
+    if library.involution_use_instruction_set(instruction_set):
+        pytest.skip(f'this processor has no {instruction_set.decode()}')
+    rng = random.Random(f'{instruction_set}{dtype}')
+    for _ in range(40):
+        x, weight, *arguments = problem(rng, dtype)[0]
+        expected = native.forward(x, weight, *arguments)
+        groups = weight.shape[1:4]
+        weight = weight.flatten(1, 3).contiguous(memory_format=torch.channels_last)
+        weight = weight.unflatten(1, groups)
+        for image in (x, x.contiguous(memory_format=torch.channels_last)):
+            out = native.forward(image, weight, *arguments)
+            torch.testing.assert_close(out, expected)
+
+
+@built
 @pytest.mark.parametrize('value', [0.0, 6e-8, 65504.0, 1e38, torch.inf, torch.nan])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_extreme_values_convert_as_in_torch(dtype, value):

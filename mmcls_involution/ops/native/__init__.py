@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # As in involution.h.
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-FORWARD, GRAD_INPUT, GRAD_WEIGHT = range(3)
+FORWARD, GRAD_INPUT, GRAD_WEIGHT, FORWARD_CHANNELS_LAST = range(4)
 _Pair = ctypes.c_int64 * 2
 
 
@@ -88,8 +88,12 @@ def _run(
     b: Tensor,
     out_shape: Sequence[int],
 ) -> Tensor:
-    a, b = a.contiguous(), b.contiguous()
-    out = a.new_empty(out_shape)
+    if operation == FORWARD_CHANNELS_LAST:
+        a = a.contiguous(memory_format=torch.channels_last)
+        out = torch.empty(out_shape, dtype=a.dtype, memory_format=torch.channels_last)
+    else:
+        a, b = a.contiguous(), b.contiguous()
+        out = a.new_empty(out_shape)
     pairs = (weight_shape[2:4], input_shape[2:], weight_shape[4:], *arguments)
     problem = _Problem(
         *input_shape[:2], weight_shape[1], *(_Pair(*pair) for pair in pairs)
@@ -119,7 +123,12 @@ def forward(
     """See :func:`mmcls_involution.ops.involution2d`."""
     arguments = (stride, padding, dilation)
     shape = (*input.shape[:2], *weight.shape[4:])
-    return _run(FORWARD, input.shape, weight.shape, arguments, input, weight, shape)
+    # The kernels are the largest tensor by far: their memory is used as it lies.
+    channels_last = (
+        not weight.is_contiguous() and weight.permute(0, 4, 5, 1, 2, 3).is_contiguous()
+    )
+    operation = FORWARD_CHANNELS_LAST if channels_last else FORWARD
+    return _run(operation, input.shape, weight.shape, arguments, input, weight, shape)
 
 
 def grad_input(

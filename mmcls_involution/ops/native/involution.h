@@ -14,13 +14,14 @@ struct Problem {
 
 enum DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
-enum Operation : int32_t { kForward, kGradInput, kGradWeight };
+enum Operation : int32_t { kForward, kGradInput, kGradWeight, kForwardChannelsLast };
 
 // torch_parallel_for of torch's stable C interface, or null for plain threads.
 typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
                                void (*body)(int64_t, int64_t, void *), void *context);
 
 // forward:     out[N,C,Ho,Wo]        from a = input,       b = weight
+//              channels_last: out[N,Ho,Wo,C] from [N,H,W,C] and [N,Ho,Wo,G,Kh,Kw]
 // grad_input:  out[N,C,H,W]          from a = output grad, b = weight
 // grad_weight: out[N,G,Kh,Kw,Ho,Wo]  from a = output grad, b = input
 //

@@ -320,6 +320,57 @@ bool forward(const Problem &p, const Tile &tile, const T *input, const T *weight
   return true;
 }
 
+// The same for channels_last memory: input [N,H,W,C], weight [N,Ho,Wo,G,Kh,Kw], output
+// [N,Ho,Wo,C]. A vector runs along the channels of the group; blocks of pixels give the
+// processor independent sums to work at. The window here is [rows][columns][channels].
+template <class T>
+bool forward_channels_last(const Problem &p, const Tile &tile, const T *input, const T *weight,
+                           T *out, Scratch<Accumulation<T>> &s) {
+  using A = Accumulation<T>;
+  const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
+  const int64_t rows = (tile.row_end - tile.row - 1) * p.stride[0] +
+                       (p.kernel[0] - 1) * p.dilation[0] + 1;
+  const int64_t columns = (tile.column_end - tile.column - 1) * p.stride[1] +
+                          (p.kernel[1] - 1) * p.dilation[1] + 1;
+  if (!s.factor.reserve(rows * columns * channels) || !s.offset.reserve(taps)) return false;
+  const int64_t top = tile.row * p.stride[0] - p.padding[0];
+  const int64_t left = tile.column * p.stride[1] - p.padding[1];
+  input += tile.image * p.input[0] * p.input[1] * p.channels + tile.group * channels;
+  A *to = s.factor.data;
+  for (int64_t y = top; y < top + rows; ++y)
+    for (int64_t x = left; x < left + columns; ++x, to += channels) {
+      if (y < 0 || y >= p.input[0] || x < 0 || x >= p.input[1]) zero(to, channels);
+      else copy(input + (y * p.input[1] + x) * p.channels, channels, to);
+    }
+  for (int64_t u = 0, t = 0; u < p.kernel[0]; ++u)
+    for (int64_t v = 0; v < p.kernel[1]; ++v)
+      s.offset.data[t++] = (u * p.dilation[0] * columns + v * p.dilation[1]) * channels;
+
+  const int64_t step = p.groups * taps;  // of the kernels, from pixel to pixel
+  for (int64_t i = tile.row; i < tile.row_end; ++i) {
+    const A *row = s.factor.data + (i - tile.row) * p.stride[0] * columns * channels;
+    const auto pixels = [&](int64_t j, auto block) {
+      const int64_t pixel = (tile.image * p.output[0] + i) * p.output[1] + j;
+      const T *factor = weight + pixel * step + tile.group * taps;
+      const A *source = row + (j - tile.column) * p.stride[1] * channels;
+      const int64_t next = p.stride[1] * channels;
+      for_columns<A>(channels, [&](int64_t c, auto n) {
+        Vector<A, n()> sum[block()] = {};
+        for (int64_t t = 0; t < taps; ++t)
+          for (int b = 0; b < block(); ++b)
+            sum[b] += load<1>(factor + b * step + t) *
+                      load<n()>(source + b * next + c + s.offset.data[t]);
+        for (int b = 0; b < block(); ++b)
+          store<n()>(out + (pixel + b) * p.channels + tile.group * channels + c, sum[b]);
+      });
+    };
+    int64_t j = tile.column;
+    for (; j + 8 <= tile.column_end; j += 8) pixels(j, Constant<8>{});
+    for (; j < tile.column_end; ++j) pixels(j, Constant<1>{});
+  }
+  return true;
+}
+
 template <class T>
 bool grad_weight(const Problem &p, const Tile &tile, const T *grad, const T *input, T *out,
                  Scratch<Accumulation<T>> &s) {
@@ -429,9 +480,10 @@ template <class T>
 bool run(Operation operation, const Problem &p, int64_t begin, int64_t end, const void *a,
          const void *b, void *out) {
   thread_local Scratch<Accumulation<T>> scratch;
-  const auto kernel = operation == kForward     ? forward<T>
-                      : operation == kGradInput ? grad_input<T>
-                                                : grad_weight<T>;
+  const auto kernel = operation == kForward              ? forward<T>
+                      : operation == kForwardChannelsLast ? forward_channels_last<T>
+                      : operation == kGradInput           ? grad_input<T>
+                                                          : grad_weight<T>;
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile(index, p, operation == kGradInput ? p.input : p.output);
     if (!kernel(p, tile, static_cast<const T *>(a), static_cast<const T *>(b),
