@@ -109,7 +109,7 @@ def test_float64_is_exact(backend, shape, groups, kernel, stride, padding, dilat
 def test_error_is_at_most_twice_that_of_pytorch(
     backend, dtype, shape, groups, kernel, stride, padding, dilation
 ):
-    """Output and gradients, against PyTorch's own rounding of the oracle."""
+    """Root mean square, of output and gradients, beside the oracle's in this dtype."""
     input, weight, arguments = make(
         shape, groups, kernel, stride, padding, dilation, dtype
     )
@@ -128,15 +128,16 @@ def test_error_is_at_most_twice_that_of_pytorch(
         results = [out, *torch.autograd.grad(out, (input, weight), grad)]
         assert all(result.dtype == dtype for result in results)
         return [
-            (result.double() - right).abs().max().item() if right.numel() else 0.0
+            (result.double() - right).square().sum().div(max(right.numel(), 1)).sqrt()
             for result, right in zip(results, exact, strict=True)
         ]
 
     pytorch = errors(oracle)
     ours = errors(lambda *args: involution2d(*args, backend=backend))
-    scale = [right.abs().max().item() if right.numel() else 0.0 for right in exact]
-    for our, their, size in zip(ours, pytorch, scale, strict=True):
-        # Half a unit in the last place is the rounding of the result itself.
+    for our, their, right in zip(ours, pytorch, exact, strict=True):
+        # Few elements may all be exact in PyTorch by chance: half a unit in the last
+        # place of the largest one is allowed on top.
+        size = right.abs().max() if right.numel() else 0
         assert our <= 2 * their + torch.finfo(dtype).eps * size / 2
 
 
