@@ -40,6 +40,8 @@ BUILD_MMCV = (
     f"{PIP} install 'setuptools<82' wheel ninja psutil && {PIP} install --no-deps "
     '--no-build-isolation --no-cache-dir --force-reinstall mmcv==2.1.0'
 )
+# In the folder of this package's sources.
+REINSTALL = f'{PIP} install --force-reinstall --no-deps .'
 MEND = 'make setup  # or mend what the message names'
 # The toolboxes: distribution -> module.
 TOOLBOXES = {'mmdet': 'mmdet', 'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
@@ -99,7 +101,7 @@ def check_ops() -> Row:
         return Row(FAIL, 'involution', 'needs torch', f'{PIP} install torch==2.13.0')
     import torch
 
-    from mmcls_involution.ops import involution2d
+    from mmcls_involution.ops import BACKENDS, involution2d
 
     # kernel 1x1 and one group: the output is the product
     x, weight = torch.rand(1, 4, 3, 5), torch.rand(1, 1, 1, 1, 3, 5)
@@ -110,7 +112,10 @@ def check_ops() -> Row:
             'involution2d gives a wrong result on this machine: please report it',
             'make test',
         )
-    return Row(OK, 'involution', 'mmcls_involution.ops computes')
+    reason = BACKENDS['native'].unusable('cpu', torch.float32)
+    if reason is not None:
+        return Row(WARN, 'involution', f'slow on the CPU: {reason}', REINSTALL)
+    return Row(OK, 'involution', 'mmcls_involution.ops computes, by the C++ kernels')
 
 
 def check_version(distribution: str) -> Row:
@@ -402,7 +407,7 @@ def check_registry(distribution: str) -> Row:
                 FAIL,
                 name,
                 f'{type_name} is not in the registry',
-                f'{PIP} install --force-reinstall --no-deps .',
+                REINSTALL,
             )
     return Row(OK, name, 'found')
 

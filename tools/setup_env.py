@@ -917,7 +917,10 @@ class Setup:
                     'mmengine, mmdet, mmseg, mmpretrain ... (1 minute)',
                     self.install_rest,
                 ),
-                ('mmcls_involution, editable (5 seconds)', self.install_package),
+                (
+                    'mmcls_involution, editable (its kernels: 1 minute)',
+                    self.install_package,
+                ),
                 ('doctor (20 seconds)', self.run_doctor),
             ]
             start = time.monotonic()
