@@ -24,6 +24,8 @@ import cv2
 import numpy as np
 from mmengine.config import Config
 
+from mmcls_involution import compat
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path('configs/demo/mask-rcnn_rednet26-slim_fpn_shapes.py')  # from ROOT
 # what the demo promises on the held-out images, AP at IoU 0.5
@@ -162,6 +164,7 @@ def run_demo(work_dir: Path) -> bool:
     Raises:
         StepError: If a step fails.
     """
+    compat.apply()
     cfg = Config.fromfile(CONFIG)
     data = Path(cfg.data_root)
     if (data / 'annotations' / 'val.json').is_file():
