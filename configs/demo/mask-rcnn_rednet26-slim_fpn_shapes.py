@@ -105,9 +105,9 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 7
+max_epochs = 6
 randomness = dict(seed=0)
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=4)
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=3)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
