@@ -128,4 +128,5 @@ param_scheduler = [
 default_hooks = dict(
     logger=dict(interval=25),
     checkpoint=dict(interval=1, max_keep_ckpts=2),
+    visualization=dict(score_thr=0.5),
 )
