@@ -204,7 +204,11 @@ def test_makefile_names_the_pinned_torch():
 @pytest.mark.parametrize('target', ['demo', 'test', 'lint'])
 def test_make_sets_up_first(target):
     result = subprocess.run(
-        ['make', '-n', target], cwd=ROOT, capture_output=True, text=True, check=True
+        ['make', '--no-print-directory', '-n', target],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     first, second = result.stdout.splitlines()
     assert 'tools/setup_env.py' in first

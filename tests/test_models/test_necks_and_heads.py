@@ -11,8 +11,6 @@ from mmcls_involution.models import (
     InvolutionRPNHead,
 )
 
-register_all_modules()
-
 WEIGHTS = ('weight', 'bias')
 
 RPN = dict(
@@ -25,7 +23,13 @@ RPN = dict(
 )
 
 
-def names(module, prefix=''):
+@pytest.fixture(autouse=True)
+def detection_scope():
+    """Whatever scope the tests before have left."""
+    register_all_modules()
+
+
+def names(module):
     """State dict names; one involution's names are cut to `.involution`."""
     cut = set()
     for name in module.state_dict():
