@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ TOOLS = ROOT / 'tools'
 
 
 def run(script: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess:
-    path = f'{env.pop("bin", "")}{os.pathsep}{os.environ["PATH"]}'
+    # As in an activated environment; `bin` comes before it.
+    folders = (env.pop('bin', ''), str(Path(sys.executable).parent), os.environ['PATH'])
+    path = os.pathsep.join(folders)
     return subprocess.run(
         ['bash', TOOLS / script, *map(str, arguments)],
         env={**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **env},
