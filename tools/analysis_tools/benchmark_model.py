@@ -80,7 +80,8 @@ def main() -> None:
         return torch.autocast(kind, torch.bfloat16, enabled=args.amp)
 
     def prepare(model: torch.nn.Module, treatment: str) -> torch.nn.Module:
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model)
+        model.eval()  # MMPretrain's returns None
         if treatment != 'eager':
             model = fuse_conv_bn(model)
         if treatment == 'channels_last':

@@ -139,10 +139,6 @@ def measure(
     return results
 
 
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values)
-
-
 def main() -> None:
     args = parse_args()
     dtype = DTYPES[args.dtype]
@@ -182,7 +178,7 @@ def main() -> None:
                 args.forward_only,
                 label,
             )
-            best = next(name for name in backends)
+            best = backends[0]
             floor = result[best]['bytes'] / bandwidth
             name = '{channels}x{height}x{width} K{kernel} s{stride}'.format(**shape)
             row: dict[str, object] = {'shape': name, 'layers': shape['layers']}
@@ -220,8 +216,10 @@ def main() -> None:
         {
             'image': size,
             f'{backends[0]} against': other,
-            'forward': geometric_mean(forward),
-            'forward + backward': geometric_mean(both) if both else float('nan'),
+            'forward': statistics.geometric_mean(forward),
+            'forward + backward': statistics.geometric_mean(both)
+            if both
+            else float('nan'),
         }
         for (size, other), (forward, both) in ratios.items()
     ]
