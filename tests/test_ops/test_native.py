@@ -16,11 +16,14 @@ SOURCES = Path(native.__file__).parent
 NAMES = ('forward', 'grad_input', 'grad_weight')
 
 
-@pytest.fixture
-def library():
+@pytest.fixture(params=[b'avx512', b'avx2', b'baseline'], ids=bytes.decode)
+def instruction_set(request):
+    """The one that the kernels use during the test."""
     library = native._library()
     best = library.involution_instruction_set()
-    yield library
+    if library.involution_use_instruction_set(request.param):
+        pytest.skip(f'this processor has no {request.param.decode()}')
+    yield request.param
     library.involution_use_instruction_set(best)
 
 
@@ -54,11 +57,8 @@ def run(module, name, arguments):
 
 @built
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
-@pytest.mark.parametrize('instruction_set', [b'avx512', b'avx2', b'baseline'])
-def test_random_problems(library, instruction_set, dtype):
+def test_random_problems(instruction_set, dtype):
     """Within rounding of float64, the error of one rounding for half precision."""
-    if library.involution_use_instruction_set(instruction_set):
-        pytest.skip(f'this processor has no {instruction_set.decode()}')
     rng = random.Random(f'{instruction_set}{dtype}')
     tolerance = 4 if dtype in (torch.float32, torch.float64) else 0.51
     for _ in range(40):
@@ -76,11 +76,8 @@ def test_random_problems(library, instruction_set, dtype):
 
 @built
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
-@pytest.mark.parametrize('instruction_set', [b'avx512', b'avx2', b'baseline'])
-def test_channels_last_gives_the_same(library, instruction_set, dtype):
+def test_channels_last_gives_the_same(instruction_set, dtype):
     """Kernels as a channels_last convolution makes them."""
-    if library.involution_use_instruction_set(instruction_set):
-        pytest.skip(f'this processor has no {instruction_set.decode()}')
     rng = random.Random(f'{instruction_set}{dtype}')
     for _ in range(40):
         x, weight, *arguments = problem(rng, dtype)[0]
