@@ -33,21 +33,35 @@ template <class F> void for_each(const Problem &p, F &&f) {
             }
 }
 
-template <class T> bool agrees(Operation operation, DType dtype, const Problem &p, const Array &a,
-                               const Array &b, const Array &expected, double tolerance) {
-  const std::vector<T> first(a.begin(), a.end()), second(b.begin(), b.end());
+using Inputs = std::vector<Array>;
+
+template <class T> bool agrees(Operation operation, DType dtype, const Problem &p,
+                               const Inputs &inputs, const Array &expected, double tolerance) {
+  std::vector<std::vector<T>> copies;
+  for (const Array &input : inputs) copies.emplace_back(input.begin(), input.end());
+  const void *pointers[4] = {};
+  for (size_t i = 0; i < copies.size(); ++i) pointers[i] = copies[i].data();
   std::vector<T> out(expected.size(), T(1e9));
-  if (involution(operation, dtype, &p, first.data(), second.data(), out.data(), nullptr, 2)) return false;
+  if (involution(operation, dtype, &p, pointers, out.data(), nullptr, 2)) return false;
   for (size_t i = 0; i < out.size(); ++i)
     if (!(std::abs(out[i] - expected[i]) <= tolerance * (1 + std::abs(expected[i])))) return false;
   return true;
 }
 
 // Half precision has no type here: only the memory that it touches is checked.
-void touch(Operation operation, DType dtype, const Problem &p, size_t a, size_t b, size_t out) {
-  const std::vector<uint16_t> first(a, 0x3c01), second(b, 0x3c01);
+void touch(Operation operation, DType dtype, const Problem &p, const Inputs &inputs, size_t out) {
+  std::vector<std::vector<uint16_t>> copies;
+  for (const Array &input : inputs) copies.emplace_back(input.size(), 0x3c01);
+  const void *pointers[4] = {};
+  for (size_t i = 0; i < copies.size(); ++i) pointers[i] = copies[i].data();
   std::vector<uint16_t> result(out);
-  involution(operation, dtype, &p, first.data(), second.data(), result.data(), nullptr, 2);
+  involution(operation, dtype, &p, pointers, result.data(), nullptr, 2);
+}
+
+bool passes(Operation operation, const Problem &p, const Inputs &inputs, const Array &expected) {
+  for (DType dtype : {kFloat16, kBFloat16}) touch(operation, dtype, p, inputs, expected.size());
+  return agrees<double>(operation, kFloat64, p, inputs, expected, 1e-13) &&
+         agrees<float>(operation, kFloat32, p, inputs, expected, 1e-4);
 }
 
 // [N,C,...pixels] to [N,...pixels,C], or kernels [N,G*K*K,...pixels] likewise.
@@ -69,6 +83,7 @@ int main(int, char **argv) {
     involution_use_instruction_set(sets[k % 3]);
     Problem p;
     p.batch = draw(0, 2), p.groups = draw(1, 2);
+    p.reduced = p.channels_last = 0;
     p.channels = p.groups * (k % 2 ? draw(1, 9) : draw(1, 34));
     for (int d = 0; d < 2; ++d) {
       p.kernel[d] = draw(1, 5), p.stride[d] = draw(1, 3);
@@ -84,29 +99,39 @@ int main(int, char **argv) {
     Array x(pixels), w(weights), g(outputs), y(outputs), gx(pixels), gw(weights);
     for (Array *array : {&x, &w, &g})
       for (double &value : *array) value = float(draw(-1000, 1000)) / 500;
+    // Every other problem's kernels are generated, by a 1x1 convolution with or without bias.
+    const int64_t in = p.input[0] * p.input[1], out = p.output[0] * p.output[1];
+    const int64_t rows = p.groups * p.kernel[0] * p.kernel[1], reduced = draw(1, 20);
+    Array r(p.batch * reduced * out), span(rows * reduced), bias(rows);
+    for (Array *array : {&r, &span, &bias})
+      for (double &value : *array) value = float(draw(-1000, 1000)) / 5000;
+    const bool with_bias = draw(0, 1);
+    if (k % 2)
+      for (int64_t n = 0; n < p.batch; ++n)
+        for (int64_t t = 0; t < rows; ++t)
+          for (int64_t i = 0; i < out; ++i) {
+            double &value = w[(n * rows + t) * out + i];
+            value = with_bias ? bias[t] : 0;
+            for (int64_t c = 0; c < reduced; ++c)
+              value += span[t * reduced + c] * r[(n * reduced + c) * out + i];
+          }
     for_each(p, [&](int64_t xi, int64_t wi, int64_t yi) {
       y[yi] += x[xi] * w[wi];
       gx[xi] += g[yi] * w[wi];
       gw[wi] += g[yi] * x[xi];
     });
-    const int64_t in = p.input[0] * p.input[1], out = p.output[0] * p.output[1];
+    Problem last = p;
+    last.channels_last = 1;
     const Array x_last = channels_last(x, p.batch, p.channels, in);
-    const Array w_last =
-        channels_last(w, p.batch, p.groups * p.kernel[0] * p.kernel[1], out);
     const Array y_last = channels_last(y, p.batch, p.channels, out);
-    const bool good = agrees<double>(kForwardChannelsLast, kFloat64, p, x_last, w_last, y_last, 1e-13) &&
-                      agrees<float>(kForwardChannelsLast, kFloat32, p, x_last, w_last, y_last, 1e-4) &&
-                      agrees<double>(kForward, kFloat64, p, x, w, y, 1e-13) &&
-                      agrees<double>(kGradInput, kFloat64, p, g, w, gx, 1e-13) &&
-                      agrees<double>(kGradWeight, kFloat64, p, g, x, gw, 1e-13) &&
-                      agrees<float>(kForward, kFloat32, p, x, w, y, 1e-4) &&
-                      agrees<float>(kGradInput, kFloat32, p, g, w, gx, 1e-4) &&
-                      agrees<float>(kGradWeight, kFloat32, p, g, x, gw, 1e-4);
-    for (DType dtype : {kFloat16, kBFloat16}) {
-      touch(kForward, dtype, p, pixels, weights, outputs);
-      touch(kForwardChannelsLast, dtype, p, pixels, weights, outputs);
-      touch(kGradInput, dtype, p, outputs, weights, pixels);
-      touch(kGradWeight, dtype, p, outputs, pixels, weights);
+    bool good = passes(kForward, p, {x, w}, y) && passes(kGradInput, p, {g, w}, gx) &&
+                passes(kGradWeight, p, {g, x}, gw) &&
+                passes(kForward, last, {x_last, channels_last(w, p.batch, rows, out)}, y_last);
+    if (k % 2) {
+      p.reduced = last.reduced = reduced;
+      Inputs generated = {x, r, span}, generated_last = {x_last, channels_last(r, p.batch, reduced, out), span};
+      if (with_bias) generated.push_back(bias), generated_last.push_back(bias);
+      good = good && passes(kForward, p, generated, y) && passes(kForward, last, generated_last, y_last);
     }
     if (!good) {
       std::printf("problem %ld is wrong with %s: batch %ld channels %ld groups %ld", k,

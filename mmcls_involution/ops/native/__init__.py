@@ -15,17 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..geometry import memory_format
+
 logger = logging.getLogger(__name__)
 
 # As in involution.h.
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-FORWARD, GRAD_INPUT, GRAD_WEIGHT, FORWARD_CHANNELS_LAST = range(4)
+FORWARD, GRAD_INPUT, GRAD_WEIGHT = range(3)
 _Pair = ctypes.c_int64 * 2
 
 
 class _Problem(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ('batch', 'channels', 'groups')),
+        *(
+            (name, ctypes.c_int64)
+            for name in ('batch', 'channels', 'groups', 'reduced', 'channels_last')
+        ),
         *(
             (name, _Pair)
             for name in ('kernel', 'input', 'output', 'stride', 'padding', 'dilation')
@@ -52,7 +57,9 @@ def _library() -> ctypes.CDLL | None:
         ctypes.c_int32,
         ctypes.c_int32,
         ctypes.POINTER(_Problem),
-        *[ctypes.c_void_p] * 4,
+        ctypes.c_void_p * 4,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
         ctypes.c_int32,
     ]
     library.involution_instruction_set.restype = ctypes.c_char_p
@@ -81,29 +88,29 @@ def unusable(device: str, dtype: torch.dtype) -> str | None:
 
 def _run(
     operation: int,
+    inputs: Sequence[Tensor | None],
+    out: Tensor,
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
-    arguments: tuple[Sequence[int], ...],
-    a: Tensor,
-    b: Tensor,
-    out_shape: Sequence[int],
+    arguments: Sequence[Sequence[int]],
+    reduced: int = 0,
+    channels_last: bool = False,
 ) -> Tensor:
-    if operation == FORWARD_CHANNELS_LAST:
-        a = a.contiguous(memory_format=torch.channels_last)
-        out = torch.empty(out_shape, dtype=a.dtype, memory_format=torch.channels_last)
-    else:
-        a, b = a.contiguous(), b.contiguous()
-        out = a.new_empty(out_shape)
+    """Fill ``out``; every tensor lies in memory as involution.h says."""
     pairs = (weight_shape[2:4], input_shape[2:], weight_shape[4:], *arguments)
     problem = _Problem(
-        *input_shape[:2], weight_shape[1], *(_Pair(*pair) for pair in pairs)
+        *input_shape[:2],
+        weight_shape[1],
+        reduced,
+        channels_last,
+        *(_Pair(*pair) for pair in pairs),
     )
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in inputs]
     failed = _library().involution(
         operation,
-        DTYPES.index(a.dtype),
+        DTYPES.index(out.dtype),
         problem,
-        a.data_ptr(),
-        b.data_ptr(),
+        (ctypes.c_void_p * 4)(*pointers),
         out.data_ptr(),
         _parallel_for(),
         torch.get_num_threads(),
@@ -111,6 +118,13 @@ def _run(
     if failed:
         raise MemoryError('involution2d: no memory for the scratch of one tile')
     return out
+
+
+def _pixels_first(weight: Tensor) -> bool:
+    """Whether kernels lie in memory as a channels_last convolution makes them."""
+    return (
+        not weight.is_contiguous() and weight.permute(0, 4, 5, 1, 2, 3).is_contiguous()
+    )
 
 
 def forward(
@@ -121,14 +135,55 @@ def forward(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
-    arguments = (stride, padding, dilation)
-    shape = (*input.shape[:2], *weight.shape[4:])
     # The kernels are the largest tensor by far: their memory is used as it lies.
-    channels_last = (
-        not weight.is_contiguous() and weight.permute(0, 4, 5, 1, 2, 3).is_contiguous()
+    channels_last = _pixels_first(weight)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    input = input.contiguous(memory_format=layout)
+    if not channels_last:
+        weight = weight.contiguous()
+    shape = (*input.shape[:2], *weight.shape[4:])
+    return _run(
+        FORWARD,
+        (input, weight),
+        torch.empty(shape, dtype=input.dtype, memory_format=layout),
+        input.shape,
+        weight.shape,
+        (stride, padding, dilation),
+        channels_last=channels_last,
     )
-    operation = FORWARD_CHANNELS_LAST if channels_last else FORWARD
-    return _run(operation, input.shape, weight.shape, arguments, input, weight, shape)
+
+
+def generated_forward(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """See :func:`mmcls_involution.ops.generated_involution2d`."""
+    layout = memory_format(input)
+    size = reduced.shape[2:]
+    taps = kernel_size[0] * kernel_size[1]
+    return _run(
+        FORWARD,
+        (
+            input.contiguous(memory_format=layout),
+            reduced.contiguous(memory_format=layout),
+            weight.contiguous(),
+            None if bias is None else bias.contiguous(),
+        ),
+        torch.empty(
+            (*input.shape[:2], *size), dtype=input.dtype, memory_format=layout
+        ),
+        input.shape,
+        (len(input), len(weight) // taps, *kernel_size, *size),
+        (stride, padding, dilation),
+        reduced=reduced.shape[1],
+        channels_last=layout == torch.channels_last,
+    )
 
 
 def grad_input(
@@ -140,9 +195,11 @@ def grad_input(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
-    arguments = (stride, padding, dilation)
     shape = (*grad.shape[:2], *input_size)
-    return _run(GRAD_INPUT, shape, weight.shape, arguments, grad, weight, shape)
+    inputs = grad.contiguous(), weight.contiguous()
+    arguments = (stride, padding, dilation)
+    out = grad.new_empty(shape)
+    return _run(GRAD_INPUT, inputs, out, shape, weight.shape, arguments)
 
 
 def grad_weight(
@@ -154,7 +211,7 @@ def grad_weight(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
+    inputs = grad.contiguous(), input.contiguous()
     arguments = (stride, padding, dilation)
-    return _run(
-        GRAD_WEIGHT, input.shape, weight_shape, arguments, grad, input, weight_shape
-    )
+    out = grad.new_empty(weight_shape)
+    return _run(GRAD_WEIGHT, inputs, out, input.shape, weight_shape, arguments)

@@ -1,12 +1,15 @@
 // The kernels, compiled once per instruction set: the including file defines ISA (a
 // namespace) and BYTES (the width of its vectors).
 //
-// All three operations run over tiles of one image and group. What a tile reads is copied
-// into scratch memory that the cache holds, zero-padded, converted to the accumulation
-// type, and with columns split by their phase modulo the stride. There every tap of the
-// kernel is a contiguous row at a fixed offset, whatever stride, padding and dilation are:
-// the inner loops have neither bounds nor gathers. A vector runs along the columns, and a
-// kernel value is loaded once for a whole block of channels of its group.
+// All operations run over tiles of one image and group. What a tile reads is copied into
+// scratch memory that the cache holds, zero-padded and converted to the accumulation type;
+// kernels are copied there as well, or generated. There every tap lies at a fixed offset,
+// whatever stride, padding and dilation are: the inner loops have neither bounds nor
+// gathers, and a copy, unlike sums, reads memory at its full speed.
+//
+// Where pixels are summed (forward, grad_input) the scratch is [pixels][channels], whatever
+// the memory outside is, and a vector runs along the channels of a group: no image is too
+// narrow for it. Where channels are summed (grad_weight) a vector runs along the columns.
 //
 // No function of the standard library may end up in the object file: the linker would
 // merge it with the copy that was compiled for another instruction set.
@@ -15,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "involution.h"
 
@@ -116,20 +120,140 @@ inline void store(T *to, Vector<float, N> v) {
   for (int i = 0; i < N; ++i) to[i].bits = round_to(T{}, lanes[i]);
 }
 
-// ---- inner loops, over taps at `offset` in `source` and C channels
+// ---- loops over vectors
 
-// out[c][0:N] = sum over t of factor[t][0:N] * source[c][offset[t] + 0:N]
-template <int N, int C, class A, class F, class T>
-inline void sum_taps(const A *source, int64_t source_stride, const F *factor,
-                     int64_t factor_stride, const int64_t *offset, int64_t taps, T *out,
-                     int64_t out_stride) {
-  Vector<A, N> sum[C] = {};
-  for (int64_t t = 0; t < taps; ++t) {
-    const Vector<A, N> k = load<N>(factor + t * factor_stride);
-    const A *from = source + offset[t];
-    for (int c = 0; c < C; ++c) sum[c] += k * load<N>(from + c * source_stride);
+template <int I> using Constant = std::integral_constant<int, I>;
+
+template <class A> constexpr int kLanes = BYTES / int(sizeof(A));
+
+// Calls f(Constant<0>), f(Constant<1>), ...
+template <class F, int... I> inline void unroll(F &&f, std::integer_sequence<int, I...>) {
+  (f(Constant<I>{}), ...);
+}
+template <int Count, class F> inline void unroll(F &&f) {
+  unroll(f, std::make_integer_sequence<int, Count>{});
+}
+
+// Calls f(i, Constant<lanes>) for vectors that cover [0, count) and nothing else. The last
+// one is moved left to end there, so some elements may be computed twice.
+template <class A, int N = kLanes<A>, class F> inline void for_exactly(int64_t count, F &&f) {
+  if constexpr (N > 1)
+    if (count < N) return for_exactly<A, N / 2>(count, f);
+  for (int64_t i = 0; i < count; i += N) f(min(i, count - N), Constant<N>{});
+}
+
+// The same with fewer kinds of vectors: where one vector is more than enough, it reaches
+// beyond. f(i, Constant<lanes>, lanes that count).
+template <class A, int N = kLanes<A>, class F> inline void for_vectors(int64_t count, F &&f) {
+  if constexpr (N * sizeof(A) > 16)
+    if (count <= N / 2) return for_vectors<A, N / 2>(count, f);
+  if (count < N) return f(0, Constant<N>{}, count);
+  for (int64_t i = 0; i < count; i += N) f(min(i, count - N), Constant<N>{}, int64_t(N));
+}
+
+// Calls f(i, Constant<block>) until `count` is covered, with the largest blocks first.
+template <int Block, int... Smaller, class F> inline void for_blocks(int64_t count, F &&f, int64_t i = 0) {
+  for (; i + Block <= count; i += Block) f(i, Constant<Block>{});
+  if constexpr (sizeof...(Smaller) > 0) for_blocks<Smaller...>(count, f, i);
+}
+
+template <class A, int N = kLanes<A>, class From, class To>
+inline void copy(const From *from, int64_t count, To *to) {
+  for_exactly<A, N>(count, [&](int64_t i, auto n) { store<n()>(to + i, load<n()>(from + i)); });
+}
+
+template <class A> inline void zero(A *to, int64_t count) {
+  if (count > 0) std::memset(to, 0, size_t(count) * sizeof(A));
+}
+
+// The first `count` lanes.
+template <int N, class A, class T>
+inline void store_some(T *to, Vector<A, N> v, int64_t count) {
+  if (count == N) return store<N>(to, v);
+  A lanes[N];
+  store<N>(lanes, v);
+  copy<A, N / 2>(lanes, count, to);
+}
+
+// ---- transposition
+
+// Lanes first[0], second[0], first[1], second[1], ... from lane `begin` on.
+template <int begin, class V, int... I>
+inline V interleave(V first, V second, std::integer_sequence<int, I...>) {
+  constexpr int N = sizeof...(I);
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(first, second, (begin + I / 2 + I % 2 * N)...);
+#else
+  using Index = std::conditional_t<sizeof(V) / N == 8, int64_t, int32_t>;
+  return __builtin_shuffle(first, second, Vector<Index, N>{(begin + I / 2 + I % 2 * N)...});
+#endif
+}
+
+// to[j][i] = from[i][j] for i, j < N. A riffle of the rows, log2(N) times.
+template <int N, class A, class From, class To>
+inline void transpose_block(const From *from, int64_t from_stride, To *to, int64_t to_stride) {
+  if constexpr (N == 1) return store<1>(to, load<1>(from));
+  else {
+    Vector<A, N> row[N], next[N];
+    for (int i = 0; i < N; ++i) row[i] = load<N>(from + i * from_stride);
+    constexpr auto lanes = std::make_integer_sequence<int, N>{};
+    for (int step = 1; step < N; step *= 2) {
+      for (int i = 0; i < N / 2; ++i) {
+        next[2 * i] = interleave<0>(row[i], row[i + N / 2], lanes);
+        next[2 * i + 1] = interleave<N / 2>(row[i], row[i + N / 2], lanes);
+      }
+      for (int i = 0; i < N; ++i) row[i] = next[i];
+    }
+    for (int i = 0; i < N; ++i) store<N>(to + i * to_stride, row[i]);
   }
-  for (int c = 0; c < C; ++c) store<N>(out + c * out_stride, sum[c]);
+}
+
+template <class A, int N = kLanes<A>, class From, class To>
+void transpose(const From *from, int64_t rows, int64_t columns, int64_t from_stride, To *to,
+               int64_t to_stride) {
+  if constexpr (N > 1)
+    if (rows < N || columns < N)
+      return transpose<A, N / 2>(from, rows, columns, from_stride, to, to_stride);
+  for (int64_t i = 0; i < rows; i += N)
+    for (int64_t j = 0; j < columns; j += N) {
+      const int64_t r = min(i, rows - N), c = min(j, columns - N);
+      transpose_block<N, A>(from + r * from_stride + c, from_stride, to + c * to_stride + r,
+                            to_stride);
+    }
+}
+
+// ---- inner loops
+
+// Pixels that are summed at once: sums that do not wait for each other.
+constexpr int kPixels = 8;
+
+// out[pixel][0:N] = sum over t of kernels[t][pixel] * source[pixel * step + offset[t] + 0:N]
+template <int N, class A>
+inline void sum_taps(const A *source, int64_t step, const int64_t *offset, int64_t taps,
+                     const A *kernels, int64_t kernel_stride, A *out, int64_t out_stride) {
+  Vector<A, N> sum[kPixels] = {};
+  for (int64_t t = 0; t < taps; ++t, kernels += kernel_stride)
+    for (int i = 0; i < kPixels; ++i)
+      sum[i] += kernels[i] * load<N>(source + i * step + offset[t]);
+  for (int i = 0; i < kPixels; ++i) store<N>(out + i * out_stride, sum[i]);
+}
+
+// The same for rows of K taps side by side and pixels S apart: each source is loaded once
+// for all the pixels that read it.
+template <int N, int K, int S, class A>
+inline void sum_rows_of_taps(const A *source, int64_t channels, const int64_t *offset,
+                             int64_t taps, const A *kernels, int64_t kernel_stride, A *out,
+                             int64_t out_stride) {
+  Vector<A, N> sum[kPixels] = {};
+  for (int64_t t = 0; t < taps; t += K, kernels += K * kernel_stride)
+    unroll<(kPixels - 1) * S + K>([&](auto column) {
+      const Vector<A, N> x = load<N>(source + offset[t] + column() * channels);
+      unroll<kPixels>([&](auto i) {
+        constexpr int v = column() - i() * S;
+        if constexpr (v >= 0 && v < K) sum[i()] += kernels[v * kernel_stride + i()] * x;
+      });
+    });
+  for (int i = 0; i < kPixels; ++i) store<N>(out + i * out_stride, sum[i]);
 }
 
 // sum[t][0:N] (+)= sum over c of grad[c][0:N] * source[c][offset[t] + 0:N]
@@ -150,29 +274,27 @@ inline void sum_channels(const A *source, int64_t source_stride, const A *grad,
   }
 }
 
-template <int I> using Constant = std::integral_constant<int, I>;
-
-// Calls f(channel, Constant<block size>) until `channels` are covered.
-template <class F> inline void for_channel_blocks(int64_t channels, F &&f) {
-  constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
-  int64_t c = 0;
-  for (; c + kBlock <= channels; c += kBlock) f(c, Constant<kBlock>{});
-  for (; c + 4 <= channels; c += 4) f(c, Constant<4>{});
-  for (; c < channels; ++c) f(c, Constant<1>{});
-}
-
-// Calls f(column, Constant<lanes>) for vectors that cover `columns`. The last one is moved
-// left to end where they end, so some columns may be computed twice.
-template <class A, int N = BYTES / int(sizeof(A)), class F>
-inline void for_columns(int64_t columns, F &&f) {
-  if constexpr (N > 1)
-    if (columns < N) return for_columns<A, N / 2>(columns, f);
-  for (int64_t j = 0; j < columns; j += N) f(min(j, columns - N), Constant<N>{});
+// out[t][0:P*N] = bias[t] + sum over r of span[t][r] * reduced[r][0:P*N], for T taps
+template <int N, int T, int P, class A>
+inline void span_kernels(const A *span, const A *bias, int64_t channels, const A *reduced,
+                         int64_t reduced_stride, A *out, int64_t out_stride) {
+  Vector<A, N> sum[T][P];
+  for (int t = 0; t < T; ++t)
+    for (int i = 0; i < P; ++i) sum[t][i] = Vector<A, N>{} + bias[t];
+  for (int64_t r = 0; r < channels; ++r) {
+    Vector<A, N> x[P];
+    for (int i = 0; i < P; ++i) x[i] = load<N>(reduced + r * reduced_stride + i * N);
+    for (int t = 0; t < T; ++t)
+      for (int i = 0; i < P; ++i) sum[t][i] += span[t * channels + r] * x[i];
+  }
+  for (int t = 0; t < T; ++t)
+    for (int i = 0; i < P; ++i) store<N>(out + t * out_stride + i * N, sum[t][i]);
 }
 
 // ---- scratch memory, one per thread
 
-// Uninitialized memory that grows and is kept for the next tile.
+// Uninitialized memory that grows and is kept for the next tile. Vectors may touch one of
+// their lengths behind its end.
 template <class T> struct Buffer {
   T *data = nullptr;
   int64_t capacity = 0;
@@ -184,23 +306,58 @@ template <class T> struct Buffer {
   bool reserve(int64_t size) {
     if (size <= capacity) return true;
     std::free(data);
-    data = static_cast<T *>(std::malloc(size_t(size) * sizeof(T)));
+    data = static_cast<T *>(std::aligned_alloc(64, size_t(ceil_div(size * sizeof(T), 64) + 1) * 64));
     capacity = data ? size : 0;
     return data != nullptr;
   }
 };
 
-template <class A> inline void zero(A *to, int64_t count) {
-  if (count > 0) std::memset(to, 0, size_t(count) * sizeof(A));
-}
+// A row length in which rows do not share few sets of the cache, as multiples of 1 KiB do.
+inline int64_t spread(int64_t length) { return length % 256 == 0 ? length + 16 : length; }
 
-template <class A, class T> inline void copy(const T *from, int64_t count, A *to) {
-  for_columns<A>(count, [&](int64_t i, auto n) { store<n()>(to + i, load<n()>(from + i)); });
-}
+// The part of an image that a tile reads, zero where it lies outside of the image.
+struct Area {
+  int64_t top, rows, left, columns;
+};
 
-// A window of an image, zero where it lies outside of the image. The window's column q is
-// stored by phase q % stride, then by q / stride.
-template <class A> struct Window {
+// An area as [rows][columns][channels].
+template <class A> struct PixelWindow {
+  Buffer<A> buffer;
+  int64_t row_length;
+
+  // `image` points to the first channel of the group; it is [height, width, all_channels] if
+  // that is not 0, else [channels, height, width].
+  template <class T>
+  bool fill(const T *image, int64_t channels, int64_t all_channels, const int64_t *size,
+            const Area &area) {
+    row_length = area.columns * channels;
+    if (!buffer.reserve(area.rows * row_length)) return false;
+    const int64_t begin = min(max(-area.left, 0), area.columns);
+    const int64_t end = max(min(size[1] - area.left, area.columns), begin);
+    for (int64_t r = 0; r < area.rows; ++r) {
+      A *row = buffer.data + r * row_length;
+      const int64_t y = area.top + r;
+      if (y < 0 || y >= size[0] || begin == end) {
+        zero(row, row_length);
+        continue;
+      }
+      zero(row, begin * channels);
+      const int64_t at = y * size[1] + area.left + begin;
+      if (!all_channels)
+        transpose<A>(image + at, channels, end - begin, size[0] * size[1],
+                     row + begin * channels, channels);
+      else
+        for (int64_t q = begin; q < end; ++q)
+          copy<A>(image + (at + q - begin) * all_channels, channels, row + q * channels);
+      zero(row + end * channels, (area.columns - end) * channels);
+    }
+    return true;
+  }
+};
+
+// An area as [channels][rows][phases][columns of a phase]: column q is stored by phase
+// q % stride, then by q / stride.
+template <class A> struct PlanarWindow {
   Buffer<A> buffer;
   int64_t stride, phase_length, row_length, channel_stride;
 
@@ -208,26 +365,22 @@ template <class A> struct Window {
 
   const A *channel(int64_t c) const { return buffer.data + c * channel_stride; }
 
-  // Reads rows [top, top + rows) and columns [left, left + columns) of `image`, which is
-  // [channels, height, width].
   template <class T>
-  bool fill(const T *image, int64_t channels, int64_t height, int64_t width, int64_t top,
-            int64_t rows, int64_t left, int64_t columns, int64_t column_stride) {
+  bool fill(const T *image, int64_t channels, const int64_t *size, const Area &area,
+            int64_t column_stride) {
     stride = column_stride;
-    phase_length = ceil_div(columns, stride);
+    phase_length = ceil_div(area.columns, stride);
     row_length = phase_length * stride;
-    channel_stride = rows * row_length;
-    // Channels a multiple of 1 KiB apart would share few sets of the cache.
-    if (channel_stride % 256 == 0) channel_stride += 16;
+    channel_stride = spread(area.rows * row_length);
     if (!buffer.reserve(channels * channel_stride)) return false;
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t r = 0; r < area.rows; ++r) {
         A *to = buffer.data + c * channel_stride + r * row_length;
-        const int64_t y = top + r;
-        if (y < 0 || y >= height) zero(to, row_length);
+        const int64_t y = area.top + r;
+        if (y < 0 || y >= size[0]) zero(to, row_length);
         else
           for (int64_t phase = 0; phase < stride; ++phase, to += phase_length)
-            fill_phase(image + (c * height + y) * width, width, left + phase, to);
+            fill_phase(image + (c * size[0] + y) * size[1], size[1], area.left + phase, to);
       }
     return true;
   }
@@ -240,7 +393,7 @@ template <class A> struct Window {
     if (begin >= end) return zero(to, phase_length);
     zero(to, begin);
     const T *from = row + start + begin * stride;
-    if (stride == 1) copy(from, end - begin, to + begin);
+    if (stride == 1) copy<A>(from, end - begin, to + begin);
     else
       for (int64_t i = begin; i < end; ++i, from += stride) store<1>(to + i, load<1>(from));
     zero(to + end, phase_length - end);
@@ -248,228 +401,333 @@ template <class A> struct Window {
 };
 
 template <class A> struct Scratch {
-  Window<A> window;
-  Buffer<A> factor, sum;
+  PixelWindow<A> window;
+  PlanarWindow<A> planes;
+  Buffer<A> kernels, out, grad, sum, reduced, span;
   Buffer<int64_t> offset;
+  int64_t reduced_pixels = -1;  // the tile whose reduced map is in `reduced`
+};
+
+template <class T> struct Tensors {
+  const T *first, *second, *span, *bias;
+  T *out;
 };
 
 // ---- tiles
 
-// A part of the pixels of one image and group.
+// A part of the pixels of one image and group. Groups come first: the tiles of the same
+// pixels follow each other.
 struct Tile {
-  static constexpr int64_t kRows = 8, kColumns = 256;
-  int64_t image, group, row, row_end, column, column_end;
+  static constexpr int64_t kRows = 16, kColumns = 128;
+  int64_t pixels, image, group, row, row_end, column, column_end;
+
+  static int64_t width(const int64_t *size) {
+    // Of about equal tiles, in whole vectors.
+    return ceil_div(ceil_div(size[1], ceil_div(size[1], kColumns)), 16) * 16;
+  }
+
+  static int64_t count(const Problem &p, const int64_t *size) {
+    return p.batch * p.groups * ceil_div(size[0], kRows) * ceil_div(size[1], width(size));
+  }
 
   Tile(int64_t index, const Problem &p, const int64_t *size) {
-    const int64_t across = ceil_div(size[1], kColumns), down = ceil_div(size[0], kRows);
-    column = index % across * kColumns;
-    row = index / across % down * kRows;
-    group = index / across / down % p.groups;
-    image = index / across / down / p.groups;
+    const int64_t across = ceil_div(size[1], width(size)), down = ceil_div(size[0], kRows);
+    pixels = index / p.groups;
+    group = index % p.groups;
+    column = pixels % across * width(size);
+    row = pixels / across % down * kRows;
+    image = pixels / across / down;
     row_end = min(row + kRows, size[0]);
-    column_end = min(column + kColumns, size[1]);
+    column_end = min(column + width(size), size[1]);
+  }
+
+  int64_t rows() const { return row_end - row; }
+  int64_t columns() const { return column_end - column; }
+
+  // The input that its outputs read, of at least `columns` columns of outputs.
+  Area input(const Problem &p, int64_t columns) const {
+    return {row * p.stride[0] - p.padding[0],
+            (rows() - 1) * p.stride[0] + (p.kernel[0] - 1) * p.dilation[0] + 1,
+            column * p.stride[1] - p.padding[1],
+            (max(columns, this->columns()) - 1) * p.stride[1] +
+                (p.kernel[1] - 1) * p.dilation[1] + 1};
   }
 };
 
 int64_t tile_count(Operation operation, const Problem &p) {
-  const int64_t *size = operation == kGradInput ? p.input : p.output;
-  return p.batch * p.groups * ceil_div(size[0], Tile::kRows) * ceil_div(size[1], Tile::kColumns);
+  return Tile::count(p, operation == kGradInput ? p.input : p.output);
 }
 
-// Reads the input that the outputs of a tile read, and each tap's offset in it.
+// Sums over taps at s.offset, for `rows` x `columns` pixels that are `row_step` and
+// `column_step` apart in the window from `source` on: s.out[pixel][channel] from
+// s.kernels[tap][stride pixels]. The window has kPixels columns or more.
+template <class A>
+void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step,
+                int64_t column_step, int64_t row_of_taps, int64_t taps, int64_t stride,
+                int64_t channels, Scratch<A> &s) {
+  constexpr int N = kLanes<A>;
+  const auto sum_all = [&](auto &&sum_some) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += kPixels) {
+        // The last pixels are moved left, or reach beyond the row: what they overwrite
+        // there is written after them.
+        const int64_t column = max(min(j, columns - kPixels), 0), pixel = i * columns + column;
+        const A *from = source + i * row_step + column * column_step;
+        for_vectors<A>(channels, [&](int64_t c, auto n, int64_t) {
+          sum_some(n, from + c, s.kernels.data + pixel, s.out.data + pixel * channels + c);
+        });
+      }
+  };
+  const int64_t *offset = s.offset.data;
+  const auto rows_of_taps = [&](auto k, auto step) {
+    sum_all([&](auto n, const A *from, const A *kernels, A *out) {
+      if constexpr (n() == N)
+        sum_rows_of_taps<N, k(), step()>(from, channels, offset, taps, kernels, stride, out,
+                                         channels);
+      else sum_taps<n()>(from, column_step, offset, taps, kernels, stride, out, channels);
+    });
+  };
+  if (row_of_taps == 3 && column_step == channels) rows_of_taps(Constant<3>{}, Constant<1>{});
+  else if (row_of_taps == 7 && column_step == channels) rows_of_taps(Constant<7>{}, Constant<1>{});
+  else if (row_of_taps == 7 && column_step == 2 * channels) rows_of_taps(Constant<7>{}, Constant<2>{});
+  else
+    sum_all([&](auto n, const A *from, const A *kernels, A *out) {
+      sum_taps<n()>(from, column_step, offset, taps, kernels, stride, out, channels);
+    });
+}
+
+// Reads the kernels of `rows` rows of a tile from `row` on, as [taps][stride] pixels.
 template <class A, class T>
-bool read_input(const Problem &p, const Tile &tile, const T *input, Scratch<A> &s) {
-  const int64_t channels = p.channels / p.groups;
-  const int64_t rows = (tile.row_end - tile.row - 1) * p.stride[0] +
-                       (p.kernel[0] - 1) * p.dilation[0] + 1;
-  const int64_t columns = (tile.column_end - tile.column - 1) * p.stride[1] +
-                          (p.kernel[1] - 1) * p.dilation[1] + 1;
-  input += (tile.image * p.channels + tile.group * channels) * p.input[0] * p.input[1];
-  if (!s.window.fill(input, channels, p.input[0], p.input[1],
-                     tile.row * p.stride[0] - p.padding[0], rows,
-                     tile.column * p.stride[1] - p.padding[1], columns, p.stride[1]) ||
-      !s.offset.reserve(p.kernel[0] * p.kernel[1]))
+void read_kernels(const Problem &p, const Tile &tile, const T *weight, int64_t row,
+                  int64_t rows, int64_t stride, A *to) {
+  const int64_t taps = p.kernel[0] * p.kernel[1], plane = p.output[0] * p.output[1];
+  const int64_t at = row * p.output[1] + tile.column, columns = tile.columns();
+  if (p.channels_last) {
+    weight += ((tile.image * plane + at) * p.groups + tile.group) * taps;
+    for (int64_t i = 0; i < rows; ++i, weight += p.output[1] * p.groups * taps)
+      transpose<A>(weight, columns, taps, p.groups * taps, to + i * columns, stride);
+    return;
+  }
+  weight += (tile.image * p.groups + tile.group) * taps * plane + at;
+  for (int64_t t = 0; t < taps; ++t, weight += plane, to += stride) {
+    if (columns == p.output[1]) copy<A>(weight, rows * columns, to);
+    else
+      for (int64_t i = 0; i < rows; ++i)
+        copy<A>(weight + i * p.output[1], columns, to + i * columns);
+  }
+}
+
+// Reads what the kernels of a tile are generated from: its reduced map as
+// [channels][stride] pixels, unless it is there from the group before, and the part of the
+// span convolution that belongs to its group.
+template <class A, class T>
+bool read_generator(const Problem &p, const Tile &tile, const Tensors<T> &t, int64_t stride,
+                    Scratch<A> &s) {
+  const int64_t taps = p.kernel[0] * p.kernel[1], plane = p.output[0] * p.output[1];
+  if (!s.span.reserve(taps * (p.reduced + 1)) || !s.reduced.reserve(p.reduced * stride))
     return false;
-  int64_t *offset = s.offset.data;
-  for (int64_t u = 0; u < p.kernel[0]; ++u)
-    for (int64_t v = 0; v < p.kernel[1]; ++v)
-      *offset++ = u * p.dilation[0] * s.window.row_length + s.window.column(v * p.dilation[1]);
+  copy<A>(t.span + tile.group * taps * p.reduced, taps * p.reduced, s.span.data);
+  A *bias = s.span.data + taps * p.reduced;
+  if (t.bias) copy<A>(t.bias + tile.group * taps, taps, bias);
+  else zero(bias, taps);
+
+  if (s.reduced_pixels == tile.pixels) return true;
+  s.reduced_pixels = tile.pixels;
+  const T *from = t.second + tile.image * p.reduced * plane;
+  for (int64_t i = tile.row; i < tile.row_end; ++i) {
+    const int64_t at = i * p.output[1] + tile.column;
+    A *to = s.reduced.data + (i - tile.row) * tile.columns();
+    if (p.channels_last)
+      transpose<A>(from + at * p.reduced, tile.columns(), p.reduced, p.reduced, to, stride);
+    else
+      for (int64_t r = 0; r < p.reduced; ++r)
+        copy<A>(from + r * plane + at, tile.columns(), to + r * stride);
+  }
   return true;
 }
 
+// The 1x1 convolution that spans kernels, for `count` pixels from `first` on.
+template <class A>
+void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t reduced_stride,
+                      int64_t stride, Scratch<A> &s) {
+  constexpr int N = kLanes<A>;
+  const int64_t taps = p.kernel[0] * p.kernel[1];
+  const A *bias = s.span.data + taps * p.reduced;
+  const auto vectors = [&](int64_t i, auto block) {
+    for_blocks<6, 1>(taps, [&](int64_t t, auto some_taps) {
+      span_kernels<N, some_taps(), block()>(
+          s.span.data + t * p.reduced, bias + t, p.reduced,
+          s.reduced.data + first + i * N, reduced_stride,
+          s.kernels.data + t * stride + i * N, stride);
+    });
+  };
+  // As many sums as the registers hold beside their factors.
+  if constexpr (BYTES == 64) for_blocks<4, 2, 1>(ceil_div(count, N), vectors);
+  else for_blocks<2, 1>(ceil_div(count, N), vectors);
+}
+
+// About this many pixels' kernels are held at once, in the nearest caches.
+constexpr int64_t kChunk = 128;
+
 template <class T>
-bool forward(const Problem &p, const Tile &tile, const T *input, const T *weight, T *out,
+bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
              Scratch<Accumulation<T>> &s) {
   using A = Accumulation<T>;
-  if (!read_input(p, tile, input, s)) return false;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
-  const int64_t plane = p.output[0] * p.output[1];
-  weight += (tile.image * p.groups + tile.group) * taps * plane;
-  out += (tile.image * p.channels + tile.group * channels) * plane;
-  for (int64_t i = tile.row; i < tile.row_end; ++i) {
-    const int64_t row = (i - tile.row) * p.stride[0] * s.window.row_length;
-    const int64_t at = i * p.output[1] + tile.column;
-    for_columns<A>(tile.column_end - tile.column, [&](int64_t j, auto n) {
-      for_channel_blocks(channels, [&](int64_t c, auto block) {
-        sum_taps<n(), block()>(s.window.channel(c) + row + j, s.window.channel_stride,
-                               weight + at + j, plane, s.offset.data, taps,
-                               out + c * plane + at + j, plane);
-      });
-    });
-  }
-  return true;
-}
-
-// The same for channels_last memory: input [N,H,W,C], weight [N,Ho,Wo,G,Kh,Kw], output
-// [N,Ho,Wo,C]. A vector runs along the channels of the group; blocks of pixels give the
-// processor independent sums to work at. The window here is [rows][columns][channels].
-template <class T>
-bool forward_channels_last(const Problem &p, const Tile &tile, const T *input, const T *weight,
-                           T *out, Scratch<Accumulation<T>> &s) {
-  using A = Accumulation<T>;
-  const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
-  const int64_t rows = (tile.row_end - tile.row - 1) * p.stride[0] +
-                       (p.kernel[0] - 1) * p.dilation[0] + 1;
-  const int64_t columns = (tile.column_end - tile.column - 1) * p.stride[1] +
-                          (p.kernel[1] - 1) * p.dilation[1] + 1;
-  if (!s.factor.reserve(rows * columns * channels) || !s.offset.reserve(taps)) return false;
-  const int64_t top = tile.row * p.stride[0] - p.padding[0];
-  const int64_t left = tile.column * p.stride[1] - p.padding[1];
-  input += tile.image * p.input[0] * p.input[1] * p.channels + tile.group * channels;
-  A *to = s.factor.data;
-  for (int64_t y = top; y < top + rows; ++y)
-    for (int64_t x = left; x < left + columns; ++x, to += channels) {
-      if (y < 0 || y >= p.input[0] || x < 0 || x >= p.input[1]) zero(to, channels);
-      else copy(input + (y * p.input[1] + x) * p.channels, channels, to);
-    }
+  const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
+  const int64_t input_plane = p.input[0] * p.input[1], first = tile.group * channels;
+  const int64_t step = max(kChunk / columns, 1);
+  const int64_t stride = ceil_div(step * columns, kLanes<A>) * kLanes<A>;
+  const int64_t reduced_stride = spread(tile.rows() * columns);
+  if (!s.window.fill(tensors.first + tile.image * p.channels * input_plane +
+                         first * (p.channels_last ? 1 : input_plane),
+                     channels, p.channels_last ? p.channels : 0, p.input,
+                     tile.input(p, kPixels)) ||
+      !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
+      !s.out.reserve((step * columns + kPixels) * channels) ||
+      (p.reduced && !read_generator(p, tile, tensors, reduced_stride, s)))
+    return false;
   for (int64_t u = 0, t = 0; u < p.kernel[0]; ++u)
     for (int64_t v = 0; v < p.kernel[1]; ++v)
-      s.offset.data[t++] = (u * p.dilation[0] * columns + v * p.dilation[1]) * channels;
+      s.offset.data[t++] =
+          u * p.dilation[0] * s.window.row_length + v * p.dilation[1] * channels;
 
-  const int64_t step = p.groups * taps;  // of the kernels, from pixel to pixel
-  for (int64_t i = tile.row; i < tile.row_end; ++i) {
-    const A *row = s.factor.data + (i - tile.row) * p.stride[0] * columns * channels;
-    const auto pixels = [&](int64_t j, auto block) {
-      const int64_t pixel = (tile.image * p.output[0] + i) * p.output[1] + j;
-      const T *factor = weight + pixel * step + tile.group * taps;
-      const A *source = row + (j - tile.column) * p.stride[1] * channels;
-      const int64_t next = p.stride[1] * channels;
-      for_columns<A>(channels, [&](int64_t c, auto n) {
-        Vector<A, n()> sum[block()] = {};
-        for (int64_t t = 0; t < taps; ++t)
-          for (int b = 0; b < block(); ++b)
-            sum[b] += load<1>(factor + b * step + t) *
-                      load<n()>(source + b * next + c + s.offset.data[t]);
-        for (int b = 0; b < block(); ++b)
-          store<n()>(out + (pixel + b) * p.channels + tile.group * channels + c, sum[b]);
-      });
-    };
-    int64_t j = tile.column;
-    for (; j + 8 <= tile.column_end; j += 8) pixels(j, Constant<8>{});
-    for (; j < tile.column_end; ++j) pixels(j, Constant<1>{});
+  for (int64_t row = tile.row; row < tile.row_end; row += step) {
+    const int64_t rows = min(step, tile.row_end - row), row_step = p.stride[0] * s.window.row_length;
+    if (p.reduced)
+      generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
+    else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
+    sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
+               p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
+               channels, s);
+
+    const int64_t at = row * p.output[1] + tile.column;
+    T *out = tensors.out + tile.image * p.channels * plane;
+    if (p.channels_last) {
+      for (int64_t i = 0, pixel = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j, ++pixel)
+          copy<A>(s.out.data + pixel * channels, channels,
+                  out + (at + i * p.output[1] + j) * p.channels + first);
+    } else if (columns == p.output[1]) {
+      transpose<A>(s.out.data, rows * columns, channels, channels, out + first * plane + at,
+                   plane);
+    } else {
+      for (int64_t i = 0; i < rows; ++i)
+        transpose<A>(s.out.data + i * columns * channels, columns, channels, channels,
+                     out + first * plane + at + i * p.output[1], plane);
+    }
   }
   return true;
 }
 
 template <class T>
-bool grad_weight(const Problem &p, const Tile &tile, const T *grad, const T *input, T *out,
+bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                  Scratch<Accumulation<T>> &s) {
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
-  const int64_t plane = p.output[0] * p.output[1], columns = tile.column_end - tile.column;
-  if (!read_input(p, tile, input, s) || !s.factor.reserve(channels * columns) ||
-      !s.sum.reserve(taps * (BYTES / int64_t(sizeof(A)))))
+  const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
+  const int64_t first = tile.image * p.channels + tile.group * channels;
+  // Vectors reach beyond rows that are shorter.
+  const int64_t reach = max(columns, kLanes<A>);
+  if (!s.planes.fill(tensors.second + first * p.input[0] * p.input[1], channels, p.input,
+                     tile.input(p, kLanes<A>), p.stride[1]) ||
+      !s.offset.reserve(taps) || !s.grad.reserve(channels * reach) ||
+      !s.sum.reserve(taps * kLanes<A>))
     return false;
-  grad += (tile.image * p.channels + tile.group * channels) * plane;
-  out += (tile.image * p.groups + tile.group) * taps * plane;
+  for (int64_t u = 0, t = 0; u < p.kernel[0]; ++u)
+    for (int64_t v = 0; v < p.kernel[1]; ++v)
+      s.offset.data[t++] =
+          u * p.dilation[0] * s.planes.row_length + s.planes.column(v * p.dilation[1]);
+
+  const T *grad = tensors.first + first * plane;
+  T *out = tensors.out + (tile.image * p.groups + tile.group) * taps * plane;
   for (int64_t i = tile.row; i < tile.row_end; ++i) {
-    const int64_t row = (i - tile.row) * p.stride[0] * s.window.row_length;
+    const int64_t row = (i - tile.row) * p.stride[0] * s.planes.row_length;
     const int64_t at = i * p.output[1] + tile.column;
     for (int64_t c = 0; c < channels; ++c)
-      copy(grad + c * plane + at, columns, s.factor.data + c * columns);
-    for_columns<A>(columns, [&](int64_t j, auto n) {
-      for_channel_blocks(channels, [&](int64_t c, auto block) {
-        sum_channels<n(), block()>(s.window.channel(c) + row + j, s.window.channel_stride,
-                                   s.factor.data + c * columns + j, columns, s.offset.data,
-                                   taps, s.sum.data, c == 0);
+      copy<A>(grad + c * plane + at, columns, s.grad.data + c * reach);
+    for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
+      constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
+      for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
+        sum_channels<n(), block()>(s.planes.channel(c) + row + j, s.planes.channel_stride,
+                                   s.grad.data + c * reach + j, reach, s.offset.data, taps,
+                                   s.sum.data, c == 0);
       });
       for (int64_t t = 0; t < taps; ++t)
-        store<n()>(out + t * plane + at + j, load<n()>(s.sum.data + t * n()));
+        store_some<n(), A>(out + t * plane + at + j, load<n()>(s.sum.data + t * n()), lanes);
     });
   }
   return true;
 }
 
 // The pixel at X = x + padding of the padded image is read by output j through tap v where
-// X = j * stride + v * dilation. With X = t * stride + phase these are the taps with
-// v * dilation % stride == phase, each for j = t - v * dilation / stride. Rows alike.
+// X = j * stride + v * dilation. With X = q * stride + phase these are the taps with
+// v * dilation % stride == phase, each for j = q - v * dilation / stride. Rows alike. So the
+// pixels of one phase are sums over the outputs' gradients, as outputs are over pixels.
 template <class T>
-bool grad_input(const Problem &p, const Tile &tile, const T *grad, const T *weight, T *out,
+bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                 Scratch<Accumulation<T>> &s) {
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], pixels = p.input[0] * p.input[1];
   const int64_t stride = p.stride[1];
-  grad += (tile.image * p.channels + tile.group * channels) * plane;
-  weight += (tile.image * p.groups + tile.group) * taps * plane;
-  out += (tile.image * p.channels + tile.group * channels) * pixels;
+  const T *weight = tensors.second + (tile.image * p.groups + tile.group) * taps * plane;
+  T *out = tensors.out + (tile.image * p.channels + tile.group * channels) * pixels;
 
-  // Every output that reads the tile: rows [top, bottom) and columns [left, right).
-  const int64_t up = (p.kernel[0] - 1) * p.dilation[0] / p.stride[0];
-  const int64_t top = max((tile.row + p.padding[0]) / p.stride[0] - up, 0);
-  const int64_t bottom = min((tile.row_end - 1 + p.padding[0]) / p.stride[0] + 1, p.output[0]);
+  // Every output that reads the tile.
+  const int64_t top = (tile.row + p.padding[0]) / p.stride[0] -
+                      (p.kernel[0] - 1) * p.dilation[0] / p.stride[0];
+  const int64_t bottom = (tile.row_end - 1 + p.padding[0]) / p.stride[0] + 1;
   const int64_t left = (tile.column + p.padding[1]) / stride -
                        (p.kernel[1] - 1) * p.dilation[1] / stride;
-  const int64_t right = (tile.column_end - 1 + p.padding[1]) / stride + 1;
-  if (!s.window.fill(grad, channels, p.output[0], p.output[1], top, max(bottom - top, 0), left,
-                     right - left, 1) ||
-      !s.offset.reserve(taps) || !s.factor.reserve(taps * (tile.column_end - tile.column)))
+  const int64_t right = (tile.column + max(tile.columns(), stride * kPixels) - 1 + p.padding[1]) / stride + 1;
+  const int64_t longest = max(tile.columns(), kPixels);
+  if (!s.window.fill(tensors.first + (tile.image * p.channels + tile.group * channels) * plane,
+                     channels, 0, p.output, {top, bottom - top, left, right - left}) ||
+      !s.offset.reserve(taps) || !s.kernels.reserve(taps * longest + kPixels) ||
+      !s.out.reserve((longest + kPixels) * channels))
     return false;
 
   for (int64_t y = tile.row; y < tile.row_end; ++y)
     for (int64_t phase = 0; phase < stride; ++phase) {
-      // The tile's columns of this phase are t in [from, to).
+      // The tile's columns of this phase are q in [from, to).
       const int64_t from = ceil_div(max(tile.column + p.padding[1] - phase, 0), stride);
       const int64_t to = ceil_div(max(tile.column_end + p.padding[1] - phase, 0), stride);
       const int64_t count = to - from;
       if (count <= 0) continue;
 
-      // Per tap that reaches this row: its kernel values in the order of t, zero where
-      // there is no output, and where the outputs' gradients begin in the window.
-      int64_t reaching = 0;
-      for (int64_t u = 0; u < p.kernel[0]; ++u) {
+      // Per tap that reaches this row: its kernel values in the order of q, zero where
+      // there is no output, and where the outputs' gradients begin in the window. The last
+      // tap comes first: so the gradients of a row of taps are in their order.
+      int64_t reaching = 0, rows_reaching = 0;
+      for (int64_t u = p.kernel[0] - 1; u >= 0; --u) {
         const int64_t rest = y + p.padding[0] - u * p.dilation[0], i = rest / p.stride[0];
         if (rest < 0 || rest % p.stride[0] != 0 || i >= p.output[0]) continue;
-        for (int64_t v = 0; v < p.kernel[1]; ++v) {
+        ++rows_reaching;
+        for (int64_t v = p.kernel[1] - 1; v >= 0; --v) {
           if (v * p.dilation[1] % stride != phase) continue;
           const int64_t first = from - v * p.dilation[1] / stride;  // the output at `from`
           const int64_t begin = min(max(-first, 0), count);
           const int64_t end = max(min(p.output[1] - first, count), begin);
-          A *factor = s.factor.data + reaching * count;
+          A *factor = s.kernels.data + reaching * longest;
           zero(factor, begin);
           if (begin < end)
-            copy(weight + (u * p.kernel[1] + v) * plane + i * p.output[1] + first + begin,
-                 end - begin, factor + begin);
+            copy<A>(weight + (u * p.kernel[1] + v) * plane + i * p.output[1] + first + begin,
+                    end - begin, factor + begin);
           zero(factor + end, count - end);
-          s.offset.data[reaching++] = (i - top) * s.window.row_length + first - left;
+          s.offset.data[reaching++] = (i - top) * s.window.row_length + (first - left) * channels;
         }
       }
+      sum_pixels(s.window.buffer.data, 1, count, 0, channels,
+                 stride == 1 && p.dilation[1] == 1 ? p.kernel[1] : 0, reaching, longest,
+                 channels, s);
 
       T *row = out + y * p.input[1] + from * stride + phase - p.padding[1];
-      for_columns<A>(count, [&](int64_t t, auto n) {
-        for_channel_blocks(channels, [&](int64_t c, auto block) {
-          const A *source = s.window.channel(c) + t, *factor = s.factor.data + t;
-          if (stride == 1)
-            return sum_taps<n(), block()>(source, s.window.channel_stride, factor, count,
-                                          s.offset.data, reaching, row + c * pixels + t, pixels);
-          A lanes[block() * n()];
-          sum_taps<n(), block()>(source, s.window.channel_stride, factor, count, s.offset.data,
-                                 reaching, lanes, n());
-          for (int b = 0; b < block(); ++b)
-            for (int l = 0; l < n(); ++l)
-              store<1>(row + (c + b) * pixels + (t + l) * stride, lanes[b * n() + l]);
-        });
-      });
+      if (stride == 1) transpose<A>(s.out.data, count, channels, channels, row, pixels);
+      else
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t q = 0; q < count; ++q)
+            store<1>(row + c * pixels + q * stride, load<1>(s.out.data + q * channels + c));
     }
   return true;
 }
@@ -477,29 +735,29 @@ bool grad_input(const Problem &p, const Tile &tile, const T *grad, const T *weig
 // ---- a range of tiles, by one thread
 
 template <class T>
-bool run(Operation operation, const Problem &p, int64_t begin, int64_t end, const void *a,
-         const void *b, void *out) {
+bool run(Operation operation, const Problem &p, int64_t begin, int64_t end,
+         const void *const *inputs, void *out) {
   thread_local Scratch<Accumulation<T>> scratch;
-  const auto kernel = operation == kForward              ? forward<T>
-                      : operation == kForwardChannelsLast ? forward_channels_last<T>
-                      : operation == kGradInput           ? grad_input<T>
-                                                          : grad_weight<T>;
+  scratch.reduced_pixels = -1;
+  const auto tensor = [&](int i) { return static_cast<const T *>(inputs[i]); };
+  const Tensors<T> tensors{tensor(0), tensor(1), tensor(2), tensor(3), static_cast<T *>(out)};
+  const auto kernel = operation == kForward     ? forward<T>
+                      : operation == kGradInput ? grad_input<T>
+                                                : grad_weight<T>;
   for (int64_t index = begin; index < end; ++index) {
     const Tile tile(index, p, operation == kGradInput ? p.input : p.output);
-    if (!kernel(p, tile, static_cast<const T *>(a), static_cast<const T *>(b),
-                static_cast<T *>(out), scratch))
-      return false;
+    if (!kernel(p, tile, tensors, scratch)) return false;
   }
   return true;
 }
 
 bool run_tiles(Operation operation, DType dtype, const Problem &p, int64_t begin, int64_t end,
-               const void *a, const void *b, void *out) {
+               const void *const *inputs, void *out) {
   switch (dtype) {
-    case kFloat64: return run<double>(operation, p, begin, end, a, b, out);
-    case kFloat32: return run<float>(operation, p, begin, end, a, b, out);
-    case kFloat16: return run<Half>(operation, p, begin, end, a, b, out);
-    case kBFloat16: return run<BFloat>(operation, p, begin, end, a, b, out);
+    case kFloat64: return run<double>(operation, p, begin, end, inputs, out);
+    case kFloat32: return run<float>(operation, p, begin, end, inputs, out);
+    case kFloat16: return run<Half>(operation, p, begin, end, inputs, out);
+    case kBFloat16: return run<BFloat>(operation, p, begin, end, inputs, out);
   }
   return false;
 }

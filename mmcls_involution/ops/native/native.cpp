@@ -10,8 +10,8 @@
 #define DECLARE(ISA)                                                                    \
   namespace ISA {                                                                       \
   int64_t tile_count(Operation, const Problem &);                                       \
-  bool run_tiles(Operation, DType, const Problem &, int64_t, int64_t, const void *,     \
-                 const void *, void *);                                                 \
+  bool run_tiles(Operation, DType, const Problem &, int64_t, int64_t,                   \
+                 const void *const *, void *);                                          \
   }
 
 DECLARE(baseline)
@@ -52,23 +52,24 @@ struct Job {
   Operation operation;
   DType dtype;
   const Problem *problem;
-  const void *a, *b;
+  const void *const *inputs;
   void *out;
   std::atomic<bool> failed{false};
 };
 
 void work(int64_t begin, int64_t end, void *context) {
   Job &job = *static_cast<Job *>(context);
-  if (!instruction_set().run_tiles(job.operation, job.dtype, *job.problem, begin, end, job.a,
-                                   job.b, job.out))
+  if (!instruction_set().run_tiles(job.operation, job.dtype, *job.problem, begin, end,
+                                   job.inputs, job.out))
     job.failed = true;
 }
 
 }  // namespace
 
-int32_t involution(Operation operation, DType dtype, const Problem *problem, const void *a,
-                   const void *b, void *out, ParallelFor parallel_for, int32_t threads) {
-  Job job{operation, dtype, problem, a, b, out};
+int32_t involution(Operation operation, DType dtype, const Problem *problem,
+                   const void *const inputs[4], void *out, ParallelFor parallel_for,
+                   int32_t threads) {
+  Job job{operation, dtype, problem, inputs, out};
   const Problem &p = *problem;
   const int64_t tiles = instruction_set().tile_count(operation, p);
   if (tiles == 0) return 0;
