@@ -37,11 +37,14 @@ class Backend:
             for a backend that runs only when named.
         unusable: Given device type and dtype, the reason why this backend cannot
             run there, or None if it can.
+        fused: Whether ``kernels`` has a ``fused_forward``, and modules use it unless
+            told otherwise.
     """
 
     kernels: ModuleType
     priority: int | None
     unusable: Callable[[str, torch.dtype], str | None]
+    fused: bool = False
 
 
 def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
@@ -49,7 +52,7 @@ def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
 
 
 BACKENDS: dict[str, Backend] = {
-    'native': Backend(native, 20, native.unusable),
+    'native': Backend(native, 20, native.unusable, fused=True),
     'tap_sum': Backend(tap_sum, 10, _runs_everywhere),
     'reference': Backend(reference, None, _runs_everywhere),
 }
@@ -92,32 +95,37 @@ def _pair(name: str, value: int | Sequence[int], lowest: int) -> tuple[int, int]
     return pair
 
 
-def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
-    """Refuse what involution2d is not defined for. See its docstring."""
+def _check_input(input: Tensor) -> None:
     if input.dim() != 4:
         raise ValueError(f'input must be [N, C, H, W], got shape {tuple(input.shape)}')
-    if weight.dim() != 6:
-        raise ValueError(
-            f'weight must be [N, G, Kh, Kw, Ho, Wo], got shape {tuple(weight.shape)}'
-        )
     if input.dtype not in DTYPES:
         raise ValueError(f'input must be one of {DTYPES}, got {input.dtype}')
-    if weight.dtype != input.dtype:
-        raise ValueError(
-            f'weight must have the dtype of input, {input.dtype}, got {weight.dtype}; '
-            'convert one of them or run under torch.autocast'
-        )
-    if weight.device != input.device:
-        raise ValueError(
-            f'weight must be on the device of input, {input.device}, '
-            f'got {weight.device}'
-        )
-    n, c, h, w = input.shape
-    wn, g, kh, kw, ho, wo = weight.shape
+    h, w = input.shape[2:]
     if h < 1 or w < 1:
         raise ValueError(f'input must be at least 1x1 in size, got {h}x{w}')
+
+
+def _check_like_input(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.dtype != input.dtype:
+        raise ValueError(
+            f'{name} must have the dtype of input, {input.dtype}, got {tensor.dtype}; '
+            'convert one of them or run under torch.autocast'
+        )
+    if tensor.device != input.device:
+        raise ValueError(
+            f'{name} must be on the device of input, {input.device}, '
+            f'got {tensor.device}'
+        )
+
+
+def _check_kernels(
+    name: str, input_shape, kernels_shape, stride, padding, dilation
+) -> None:
+    """Refuse kernels, made from the argument `name`, that do not fit the input."""
+    n, c, h, w = input_shape
+    wn, g, kh, kw, ho, wo = kernels_shape
     if wn != n:
-        raise ValueError(f'weight must have the batch size of input, {n}, got {wn}')
+        raise ValueError(f'{name} must have the batch size of input, {n}, got {wn}')
     if c < 1 or g < 1 or c % g != 0:
         raise ValueError(
             f"weight's groups must divide input's channels, {c}, got {g} groups"
@@ -133,11 +141,30 @@ def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
         )
     if ho != expected[0] or wo != expected[1]:
         raise ValueError(
-            'weight must hold one kernel per output pixel, '
+            f'{name} must hold one kernel per output pixel, '
             f'{expected[0]}x{expected[1]} for input {h}x{w}, kernel {kh}x{kw}, '
             f'stride {tuple(stride)}, padding {tuple(padding)} and dilation '
             f'{tuple(dilation)}, got {ho}x{wo}'
         )
+
+
+def _check(input: Tensor, weight: Tensor, stride, padding, dilation) -> None:
+    """Refuse what involution2d is not defined for. See its docstring."""
+    _check_input(input)
+    if weight.dim() != 6:
+        raise ValueError(
+            f'weight must be [N, G, Kh, Kw, Ho, Wo], got shape {tuple(weight.shape)}'
+        )
+    _check_like_input('weight', weight, input)
+    _check_kernels('weight', input.shape, weight.shape, stride, padding, dilation)
+
+
+def _named_backend(name: str | None) -> str:
+    """The argument, else the environment's choice; empty for the best one."""
+    name = name or os.environ.get(BACKEND_VARIABLE, '')
+    if name and name not in BACKENDS:
+        raise ValueError(f'backend must be one of {list(BACKENDS)}, got {name!r}')
+    return name
 
 
 def involution2d(
@@ -199,16 +226,13 @@ def involution2d(
     for name, tensor in (('input', input), ('weight', weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f'{name} must be a Tensor, got {type(tensor).__name__}')
-    backend = backend or os.environ.get(BACKEND_VARIABLE, '')
-    if backend and backend not in BACKENDS:
-        raise ValueError(f'backend must be one of {list(BACKENDS)}, got {backend!r}')
     return _involution2d(
         input,
         weight,
         _pair('stride', stride, 1),
         _pair('padding', padding, 0),
         _pair('dilation', dilation, 1),
-        backend,
+        _named_backend(backend),
     )
 
 
@@ -337,25 +361,28 @@ _grad_weight.register_autograd(_grad_weight_backward, setup_context=_setup_conte
 _library = torch.library.Library('mmcls_involution', 'FRAGMENT')
 
 
-def _register_autocast(device: str) -> None:
-    key = f'Autocast{device.upper()}'
+def _register_autocast(name: str, operator: Callable, tensors: int) -> None:
+    """Cast the first `tensors` arguments of an operator, None among them."""
+    for device in ('cpu', 'cuda'):
+        key = f'Autocast{device.upper()}'
 
-    def cast_and_call(input, weight, *arguments):
-        dtype = torch.get_autocast_dtype(device)
-        input, weight = (
-            t.to(dtype) if t.dtype in DTYPES and t.dtype != torch.float64 else t
-            for t in (input, weight)
-        )
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-        ):
-            return _involution2d(input, weight, *arguments)
+        def cast_and_call(*arguments, device=device, key=key):
+            dtype = torch.get_autocast_dtype(device)
+            cast = (
+                t.to(dtype)
+                if t is not None and t.dtype in DTYPES and t.dtype != torch.float64
+                else t
+                for t in arguments[:tensors]
+            )
+            with torch._C._ExcludeDispatchKeyGuard(
+                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+            ):
+                return operator(*cast, *arguments[tensors:])
 
-    _library.impl('involution2d', cast_and_call, key)
+        _library.impl(name, cast_and_call, key)
 
 
-for _device in ('cpu', 'cuda'):
-    _register_autocast(_device)
+_register_autocast('involution2d', _involution2d, tensors=2)
 
 
 @register_flop_formula(

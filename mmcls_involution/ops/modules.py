@@ -8,6 +8,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .functional import involution2d
+from .fused import fused_involution2d, fusing_pays
 
 
 class Involution2d(nn.Module):
@@ -36,6 +37,11 @@ class Involution2d(nn.Module):
         act_layer (Callable[[], nn.Module]): Makes the activation.
             Defaults to ``nn.ReLU``.
         backend (str, optional): See :func:`involution2d`. Defaults to None.
+        fused (bool, optional): Use :func:`fused_involution2d`, which stores no kernels:
+            less memory, and in training one more generation of them. Defaults to None:
+            what the environment variable ``MMCLS_INVOLUTION_FUSED`` says (1 or 0), else
+            where it was measured to be faster. A convolution ``conv2.conv`` that has
+            been replaced or hooked is called as it is, never fused.
 
     Shape:
         - Input: ``[N, channels, H, W]``, any H and W of at least 1.
@@ -64,6 +70,7 @@ class Involution2d(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         backend: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
@@ -99,6 +106,7 @@ class Involution2d(nn.Module):
         self.group_channels = group_channels
         self.reduction_ratio = reduction_ratio
         self.backend = backend
+        self.fused = fused
 
         reduced = channels // reduction_ratio
         groups = channels // group_channels
@@ -130,10 +138,25 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` with kernels generated from it. See the class for shapes."""
-        weight = self.conv2(self.conv1(self.avgpool(x)))
-        groups = self.channels // self.group_channels
-        weight = weight.unflatten(1, (groups, self.kernel_size, self.kernel_size))
+        reduced = self.conv1(self.avgpool(x))
         padding = self.dilation * (self.kernel_size - 1) // 2
+        span = self.conv2.conv
+        fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
+        if fused and type(span) is nn.Conv2d and not span._forward_hooks:
+            return fused_involution2d(
+                x,
+                reduced,
+                span.weight,
+                span.bias,
+                kernel_size=self.kernel_size,
+                stride=self.stride,
+                padding=padding,
+                dilation=self.dilation,
+                backend=self.backend,
+            )
+        groups = self.channels // self.group_channels
+        weight = self.conv2(reduced)
+        weight = weight.unflatten(1, (groups, self.kernel_size, self.kernel_size))
         return involution2d(
             x, weight, self.stride, padding, self.dilation, backend=self.backend
         )

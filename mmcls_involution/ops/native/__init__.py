@@ -153,7 +153,7 @@ def forward(
     )
 
 
-def generated_forward(
+def fused_forward(
     input: Tensor,
     reduced: Tensor,
     weight: Tensor,
@@ -163,7 +163,7 @@ def generated_forward(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """See :func:`mmcls_involution.ops.generated_involution2d`."""
+    """See :func:`mmcls_involution.ops.fused_involution2d`."""
     layout = memory_format(input)
     size = reduced.shape[2:]
     taps = kernel_size[0] * kernel_size[1]
@@ -175,9 +175,7 @@ def generated_forward(
             weight.contiguous(),
             None if bias is None else bias.contiguous(),
         ),
-        torch.empty(
-            (*input.shape[:2], *size), dtype=input.dtype, memory_format=layout
-        ),
+        torch.empty((*input.shape[:2], *size), dtype=input.dtype, memory_format=layout),
         input.shape,
         (len(input), len(weight) // taps, *kernel_size, *size),
         (stride, padding, dilation),
