@@ -312,8 +312,12 @@ template <class T> struct Buffer {
   }
 };
 
-// A row length in which rows do not share few sets of the cache, as multiples of 1 KiB do.
-inline int64_t spread(int64_t length) { return length % 256 == 0 ? length + 16 : length; }
+// A row length for which rows are aligned, and do not share few sets of the cache as they
+// would at a distance of 1 KiB.
+inline int64_t spread(int64_t length) {
+  length = ceil_div(length, 16) * 16;
+  return length % 256 == 0 ? length + 16 : length;
+}
 
 // The part of an image that a tile reads, zero where it lies outside of the image.
 struct Area {
@@ -403,8 +407,9 @@ template <class A> struct PlanarWindow {
 template <class A> struct Scratch {
   PixelWindow<A> window;
   PlanarWindow<A> planes;
-  Buffer<A> kernels, out, grad, sum, reduced, span;
+  Buffer<A> kernels, out, grad, sum, reduced, bias, converted_span;
   Buffer<int64_t> offset;
+  const A *span;  // the part of the span convolution that belongs to a group
   int64_t reduced_pixels = -1;  // the tile whose reduced map is in `reduced`
 };
 
@@ -418,27 +423,28 @@ template <class T> struct Tensors {
 // A part of the pixels of one image and group. Groups come first: the tiles of the same
 // pixels follow each other.
 struct Tile {
-  static constexpr int64_t kRows = 16, kColumns = 128;
+  static constexpr int64_t kRows = 32, kColumns = 128;
   int64_t pixels, image, group, row, row_end, column, column_end;
 
-  static int64_t width(const int64_t *size) {
-    // Of about equal tiles, in whole vectors.
-    return ceil_div(ceil_div(size[1], ceil_div(size[1], kColumns)), 16) * 16;
+  // Of about equal tiles that cover `size`.
+  static int64_t side(int64_t size, int64_t largest) {
+    return ceil_div(size, ceil_div(size, largest));
   }
 
   static int64_t count(const Problem &p, const int64_t *size) {
-    return p.batch * p.groups * ceil_div(size[0], kRows) * ceil_div(size[1], width(size));
+    return p.batch * p.groups * ceil_div(size[0], kRows) * ceil_div(size[1], kColumns);
   }
 
   Tile(int64_t index, const Problem &p, const int64_t *size) {
-    const int64_t across = ceil_div(size[1], width(size)), down = ceil_div(size[0], kRows);
+    const int64_t across = ceil_div(size[1], kColumns), down = ceil_div(size[0], kRows);
+    const int64_t height = side(size[0], kRows), width = side(size[1], kColumns);
     pixels = index / p.groups;
     group = index % p.groups;
-    column = pixels % across * width(size);
-    row = pixels / across % down * kRows;
+    column = pixels % across * width;
+    row = pixels / across % down * height;
     image = pixels / across / down;
-    row_end = min(row + kRows, size[0]);
-    column_end = min(column + width(size), size[1]);
+    row_end = min(row + height, size[0]);
+    column_end = min(column + width, size[1]);
   }
 
   int64_t rows() const { return row_end - row; }
@@ -459,40 +465,44 @@ int64_t tile_count(Operation operation, const Problem &p) {
 }
 
 // Sums over taps at s.offset, for `rows` x `columns` pixels that are `row_step` and
-// `column_step` apart in the window from `source` on: s.out[pixel][channel] from
-// s.kernels[tap][stride pixels]. The window has kPixels columns or more.
+// `column_step` apart in the window from `source` on: out[pixel][channel] from
+// s.kernels[tap][stride pixels]. The window has kPixels columns or more. Where there are
+// fewer columns or channels than vectors have, `out` is written beyond its end.
 template <class A>
 void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step,
                 int64_t column_step, int64_t row_of_taps, int64_t taps, int64_t stride,
-                int64_t channels, Scratch<A> &s) {
+                int64_t channels, Scratch<A> &s, A *out, int64_t out_row,
+                int64_t out_column) {
   constexpr int N = kLanes<A>;
   const auto sum_all = [&](auto &&sum_some) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += kPixels) {
         // The last pixels are moved left, or reach beyond the row: what they overwrite
         // there is written after them.
-        const int64_t column = max(min(j, columns - kPixels), 0), pixel = i * columns + column;
+        const int64_t column = max(min(j, columns - kPixels), 0);
         const A *from = source + i * row_step + column * column_step;
+        const A *kernels = s.kernels.data + i * columns + column;
+        A *to = out + i * out_row + column * out_column;
         for_vectors<A>(channels, [&](int64_t c, auto n, int64_t) {
-          sum_some(n, from + c, s.kernels.data + pixel, s.out.data + pixel * channels + c);
+          sum_some(n, from + c, kernels, to + c);
         });
       }
   };
   const int64_t *offset = s.offset.data;
   const auto rows_of_taps = [&](auto k, auto step) {
-    sum_all([&](auto n, const A *from, const A *kernels, A *out) {
+    sum_all([&](auto n, const A *from, const A *kernels, A *to) {
       if constexpr (n() == N)
-        sum_rows_of_taps<N, k(), step()>(from, channels, offset, taps, kernels, stride, out,
-                                         channels);
-      else sum_taps<n()>(from, column_step, offset, taps, kernels, stride, out, channels);
+        sum_rows_of_taps<N, k(), step()>(from, channels, offset, taps, kernels, stride, to,
+                                         out_column);
+      else sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
     });
   };
   if (row_of_taps == 3 && column_step == channels) rows_of_taps(Constant<3>{}, Constant<1>{});
   else if (row_of_taps == 7 && column_step == channels) rows_of_taps(Constant<7>{}, Constant<1>{});
   else if (row_of_taps == 7 && column_step == 2 * channels) rows_of_taps(Constant<7>{}, Constant<2>{});
   else
-    sum_all([&](auto n, const A *from, const A *kernels, A *out) {
-      sum_taps<n()>(from, column_step, offset, taps, kernels, stride, out, channels);
+    sum_all([&](auto n, const A *from, const A *kernels, A *to) {
+      sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
     });
 }
 
@@ -524,12 +534,16 @@ template <class A, class T>
 bool read_generator(const Problem &p, const Tile &tile, const Tensors<T> &t, int64_t stride,
                     Scratch<A> &s) {
   const int64_t taps = p.kernel[0] * p.kernel[1], plane = p.output[0] * p.output[1];
-  if (!s.span.reserve(taps * (p.reduced + 1)) || !s.reduced.reserve(p.reduced * stride))
-    return false;
-  copy<A>(t.span + tile.group * taps * p.reduced, taps * p.reduced, s.span.data);
-  A *bias = s.span.data + taps * p.reduced;
-  if (t.bias) copy<A>(t.bias + tile.group * taps, taps, bias);
-  else zero(bias, taps);
+  if (!s.bias.reserve(taps) || !s.reduced.reserve(p.reduced * stride)) return false;
+  if (t.bias) copy<A>(t.bias + tile.group * taps, taps, s.bias.data);
+  else zero(s.bias.data, taps);
+  const T *span = t.span + tile.group * taps * p.reduced;
+  if constexpr (std::is_same<T, A>::value) s.span = span;
+  else {
+    if (!s.converted_span.reserve(taps * p.reduced)) return false;
+    copy<A>(span, taps * p.reduced, s.converted_span.data);
+    s.span = s.converted_span.data;
+  }
 
   if (s.reduced_pixels == tile.pixels) return true;
   s.reduced_pixels = tile.pixels;
@@ -552,22 +566,21 @@ void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t re
                       int64_t stride, Scratch<A> &s) {
   constexpr int N = kLanes<A>;
   const int64_t taps = p.kernel[0] * p.kernel[1];
-  const A *bias = s.span.data + taps * p.reduced;
-  const auto vectors = [&](int64_t i, auto block) {
-    for_blocks<6, 1>(taps, [&](int64_t t, auto some_taps) {
-      span_kernels<N, some_taps(), block()>(
-          s.span.data + t * p.reduced, bias + t, p.reduced,
-          s.reduced.data + first + i * N, reduced_stride,
-          s.kernels.data + t * stride + i * N, stride);
+  // As many sums as the registers hold beside their factors; neither 3 x 3 nor 7 x 7 taps
+  // leave a single one.
+  const auto vectors = [&](int64_t i, auto some) {
+    for_blocks<5, 4, 1>(taps, [&](int64_t t, auto block) {
+      span_kernels<N, block(), some()>(s.span + t * p.reduced, s.bias.data + t, p.reduced,
+                                       s.reduced.data + first + i * N, reduced_stride,
+                                       s.kernels.data + t * stride + i * N, stride);
     });
   };
-  // As many sums as the registers hold beside their factors.
   if constexpr (BYTES == 64) for_blocks<4, 2, 1>(ceil_div(count, N), vectors);
   else for_blocks<2, 1>(ceil_div(count, N), vectors);
 }
 
 // About this many pixels' kernels are held at once, in the nearest caches.
-constexpr int64_t kChunk = 128;
+constexpr int64_t kChunk = 256;
 
 template <class T>
 bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
@@ -576,8 +589,10 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
   const int64_t input_plane = p.input[0] * p.input[1], first = tile.group * channels;
-  const int64_t step = max(kChunk / columns, 1);
-  const int64_t stride = ceil_div(step * columns, kLanes<A>) * kLanes<A>;
+  // A power of two rows: where it can be, each chunk's first pixel is aligned.
+  int64_t step = 1;
+  while (step * 2 * columns <= kChunk) step *= 2;
+  const int64_t stride = spread(step * columns);
   const int64_t reduced_stride = spread(tile.rows() * columns);
   if (!s.window.fill(tensors.first + tile.image * p.channels * input_plane +
                          first * (p.channels_last ? 1 : input_plane),
@@ -597,12 +612,19 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     if (p.reduced)
       generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
     else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
-    sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
-               p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
-               channels, s);
-
     const int64_t at = row * p.output[1] + tile.column;
     T *out = tensors.out + tile.image * p.channels * plane;
+    const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
+      sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
+                 p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
+                 channels, s, to, to_row, to_column);
+    };
+    if constexpr (std::is_same<T, A>::value)
+      if (p.channels_last && columns >= kPixels && channels >= kLanes<A>) {
+        sum_to(out + at * p.channels + first, p.output[1] * p.channels, p.channels);
+        continue;
+      }
+    sum_to(s.out.data, columns * channels, channels);
     if (p.channels_last) {
       for (int64_t i = 0, pixel = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j, ++pixel)
@@ -699,11 +721,10 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       // Per tap that reaches this row: its kernel values in the order of q, zero where
       // there is no output, and where the outputs' gradients begin in the window. The last
       // tap comes first: so the gradients of a row of taps are in their order.
-      int64_t reaching = 0, rows_reaching = 0;
+      int64_t reaching = 0;
       for (int64_t u = p.kernel[0] - 1; u >= 0; --u) {
         const int64_t rest = y + p.padding[0] - u * p.dilation[0], i = rest / p.stride[0];
         if (rest < 0 || rest % p.stride[0] != 0 || i >= p.output[0]) continue;
-        ++rows_reaching;
         for (int64_t v = p.kernel[1] - 1; v >= 0; --v) {
           if (v * p.dilation[1] % stride != phase) continue;
           const int64_t first = from - v * p.dilation[1] / stride;  // the output at `from`
@@ -720,7 +741,7 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       }
       sum_pixels(s.window.buffer.data, 1, count, 0, channels,
                  stride == 1 && p.dilation[1] == 1 ? p.kernel[1] : 0, reaching, longest,
-                 channels, s);
+                 channels, s, s.out.data, 0, channels);
 
       T *row = out + y * p.input[1] + from * stride + phase - p.padding[1];
       if (stride == 1) transpose<A>(s.out.data, count, channels, channels, row, pixels);
