@@ -367,8 +367,6 @@ template <class A> struct PlanarWindow {
 
   int64_t column(int64_t q) const { return q % stride * phase_length + q / stride; }
 
-  const A *channel(int64_t c) const { return buffer.data + c * channel_stride; }
-
   template <class T>
   bool fill(const T *image, int64_t channels, const int64_t *size, const Area &area,
             int64_t column_stride) {
@@ -506,6 +504,14 @@ void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step
     });
 }
 
+// Rows of a tile whose kernels are held at once, about 256 pixels' in the nearest caches. A
+// power of two: where it can be, the first pixel of each is aligned.
+inline int64_t rows_at_once(int64_t columns) {
+  int64_t rows = 1;
+  while (rows * 2 * columns <= 256) rows *= 2;
+  return rows;
+}
+
 // Reads the kernels of `rows` rows of a tile from `row` on, as [taps][stride] pixels.
 template <class A, class T>
 void read_kernels(const Problem &p, const Tile &tile, const T *weight, int64_t row,
@@ -579,9 +585,6 @@ void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t re
   else for_blocks<2, 1>(ceil_div(count, N), vectors);
 }
 
-// About this many pixels' kernels are held at once, in the nearest caches.
-constexpr int64_t kChunk = 256;
-
 template <class T>
 bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
              Scratch<Accumulation<T>> &s) {
@@ -589,10 +592,7 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
   const int64_t input_plane = p.input[0] * p.input[1], first = tile.group * channels;
-  // A power of two rows: where it can be, each chunk's first pixel is aligned.
-  int64_t step = 1;
-  while (step * 2 * columns <= kChunk) step *= 2;
-  const int64_t stride = spread(step * columns);
+  const int64_t step = rows_at_once(columns), stride = spread(step * columns);
   const int64_t reduced_stride = spread(tile.rows() * columns);
   if (!s.window.fill(tensors.first + tile.image * p.channels * input_plane +
                          first * (p.channels_last ? 1 : input_plane),
@@ -649,12 +649,13 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
   const int64_t first = tile.image * p.channels + tile.group * channels;
+  const int64_t step = rows_at_once(columns), stride = spread(step * columns);
   // Vectors reach beyond rows that are shorter.
   const int64_t reach = max(columns, kLanes<A>);
   if (!s.planes.fill(tensors.second + first * p.input[0] * p.input[1], channels, p.input,
                      tile.input(p, kLanes<A>), p.stride[1]) ||
       !s.offset.reserve(taps) || !s.grad.reserve(channels * reach) ||
-      !s.sum.reserve(taps * kLanes<A>))
+      !s.sum.reserve(taps * kLanes<A>) || !s.kernels.reserve(taps * stride))
     return false;
   for (int64_t u = 0, t = 0; u < p.kernel[0]; ++u)
     for (int64_t v = 0; v < p.kernel[1]; ++v)
@@ -663,21 +664,30 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
 
   const T *grad = tensors.first + first * plane;
   T *out = tensors.out + (tile.image * p.groups + tile.group) * taps * plane;
-  for (int64_t i = tile.row; i < tile.row_end; ++i) {
-    const int64_t row = (i - tile.row) * p.stride[0] * s.planes.row_length;
-    const int64_t at = i * p.output[1] + tile.column;
-    for (int64_t c = 0; c < channels; ++c)
-      copy<A>(grad + c * plane + at, columns, s.grad.data + c * reach);
-    for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
-      constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
-      for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
-        sum_channels<n(), block()>(s.planes.channel(c) + row + j, s.planes.channel_stride,
-                                   s.grad.data + c * reach + j, reach, s.offset.data, taps,
-                                   s.sum.data, c == 0);
+  for (int64_t row = tile.row; row < tile.row_end; row += step) {
+    const int64_t rows = min(step, tile.row_end - row);
+    for (int64_t i = 0; i < rows; ++i) {
+      const A *source = s.planes.buffer.data + (row + i - tile.row) * p.stride[0] * s.planes.row_length;
+      for (int64_t c = 0; c < channels; ++c)
+        copy<A>(grad + c * plane + (row + i) * p.output[1] + tile.column, columns,
+                s.grad.data + c * reach);
+      for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
+        constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
+        for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
+          sum_channels<n(), block()>(source + c * s.planes.channel_stride + j,
+                                     s.planes.channel_stride, s.grad.data + c * reach + j,
+                                     reach, s.offset.data, taps, s.sum.data, c == 0);
+        });
+        for (int64_t t = 0; t < taps; ++t)
+          store_some<n(), A>(s.kernels.data + t * stride + i * columns + j,
+                             load<n()>(s.sum.data + t * n()), lanes);
       });
-      for (int64_t t = 0; t < taps; ++t)
-        store_some<n(), A>(out + t * plane + at + j, load<n()>(s.sum.data + t * n()), lanes);
-    });
+    }
+    // Longer runs than a vector, for the sake of the memory.
+    for (int64_t t = 0; t < taps; ++t)
+      for (int64_t i = 0; i < rows; ++i)
+        copy<A>(s.kernels.data + t * stride + i * columns, columns,
+                out + t * plane + (row + i) * p.output[1] + tile.column);
   }
   return true;
 }
@@ -686,69 +696,92 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
 // X = j * stride + v * dilation. With X = q * stride + phase these are the taps with
 // v * dilation % stride == phase, each for j = q - v * dilation / stride. Rows alike. So the
 // pixels of one phase are sums over the outputs' gradients, as outputs are over pixels.
+struct Phase {
+  int64_t phase, begin, end;  // q in [begin, end) lies in the tile
+
+  Phase(const Problem &p, int axis, int64_t phase, int64_t first, int64_t last)
+      : phase(phase),
+        begin(ceil_div(max(first + p.padding[axis] - phase, 0), p.stride[axis])),
+        end(ceil_div(max(last + p.padding[axis] - phase, 0), p.stride[axis])) {}
+};
+
 template <class T>
 bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                 Scratch<Accumulation<T>> &s) {
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], pixels = p.input[0] * p.input[1];
-  const int64_t stride = p.stride[1];
   const T *weight = tensors.second + (tile.image * p.groups + tile.group) * taps * plane;
   T *out = tensors.out + (tile.image * p.channels + tile.group * channels) * pixels;
 
-  // Every output that reads the tile.
-  const int64_t top = (tile.row + p.padding[0]) / p.stride[0] -
-                      (p.kernel[0] - 1) * p.dilation[0] / p.stride[0];
-  const int64_t bottom = (tile.row_end - 1 + p.padding[0]) / p.stride[0] + 1;
-  const int64_t left = (tile.column + p.padding[1]) / stride -
-                       (p.kernel[1] - 1) * p.dilation[1] / stride;
-  const int64_t right = (tile.column + max(tile.columns(), stride * kPixels) - 1 + p.padding[1]) / stride + 1;
-  const int64_t longest = max(tile.columns(), kPixels);
+  // Every output that reads the tile, and as many columns as are summed at once.
+  const auto first_output = [&](int axis, int64_t first) {
+    return (first + p.padding[axis]) / p.stride[axis] -
+           (p.kernel[axis] - 1) * p.dilation[axis] / p.stride[axis];
+  };
+  const auto last_output = [&](int axis, int64_t last) {
+    return (last + p.padding[axis]) / p.stride[axis];
+  };
+  const int64_t top = first_output(0, tile.row), left = first_output(1, tile.column);
+  const int64_t bottom = last_output(0, tile.row_end - 1);
+  const int64_t right =
+      last_output(1, max(tile.column_end, tile.column + kPixels * p.stride[1]) - 1);
+  const int64_t step = rows_at_once(tile.columns()), stride = spread(step * tile.columns());
   if (!s.window.fill(tensors.first + (tile.image * p.channels + tile.group * channels) * plane,
-                     channels, 0, p.output, {top, bottom - top, left, right - left}) ||
-      !s.offset.reserve(taps) || !s.kernels.reserve(taps * longest + kPixels) ||
-      !s.out.reserve((longest + kPixels) * channels))
+                     channels, 0, p.output, {top, bottom + 1 - top, left, right + 1 - left}) ||
+      !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
+      !s.out.reserve((step * tile.columns() + kPixels) * channels))
     return false;
 
-  for (int64_t y = tile.row; y < tile.row_end; ++y)
-    for (int64_t phase = 0; phase < stride; ++phase) {
-      // The tile's columns of this phase are q in [from, to).
-      const int64_t from = ceil_div(max(tile.column + p.padding[1] - phase, 0), stride);
-      const int64_t to = ceil_div(max(tile.column_end + p.padding[1] - phase, 0), stride);
-      const int64_t count = to - from;
-      if (count <= 0) continue;
-
-      // Per tap that reaches this row: its kernel values in the order of q, zero where
-      // there is no output, and where the outputs' gradients begin in the window. The last
-      // tap comes first: so the gradients of a row of taps are in their order.
-      int64_t reaching = 0;
-      for (int64_t u = p.kernel[0] - 1; u >= 0; --u) {
-        const int64_t rest = y + p.padding[0] - u * p.dilation[0], i = rest / p.stride[0];
-        if (rest < 0 || rest % p.stride[0] != 0 || i >= p.output[0]) continue;
-        for (int64_t v = p.kernel[1] - 1; v >= 0; --v) {
-          if (v * p.dilation[1] % stride != phase) continue;
-          const int64_t first = from - v * p.dilation[1] / stride;  // the output at `from`
-          const int64_t begin = min(max(-first, 0), count);
-          const int64_t end = max(min(p.output[1] - first, count), begin);
-          A *factor = s.kernels.data + reaching * longest;
-          zero(factor, begin);
-          if (begin < end)
-            copy<A>(weight + (u * p.kernel[1] + v) * plane + i * p.output[1] + first + begin,
-                    end - begin, factor + begin);
-          zero(factor + end, count - end);
-          s.offset.data[reaching++] = (i - top) * s.window.row_length + (first - left) * channels;
+  const auto sum_chunk = [&](const Phase &down, const Phase &across, int64_t row, int64_t rows) {
+    const int64_t count = across.end - across.begin;
+    // Per tap of the two phases: its kernel values in the order of q, zero where there is no
+    // output, and where the outputs' gradients begin in the window. The last tap comes
+    // first: so the gradients of a row of taps are in their order.
+    int64_t reaching = 0;
+    for (int64_t u = p.kernel[0] - 1; u >= 0; --u) {
+      if (u * p.dilation[0] % p.stride[0] != down.phase) continue;
+      const int64_t i = row - u * p.dilation[0] / p.stride[0];  // the output row at `row`
+      for (int64_t v = p.kernel[1] - 1; v >= 0; --v) {
+        if (v * p.dilation[1] % p.stride[1] != across.phase) continue;
+        const int64_t j = across.begin - v * p.dilation[1] / p.stride[1];
+        const int64_t begin = min(max(-j, 0), count);
+        const int64_t end = max(min(p.output[1] - j, count), begin);
+        const T *from = weight + (u * p.kernel[1] + v) * plane + i * p.output[1] + j;
+        A *to = s.kernels.data + reaching * stride;
+        for (int64_t r = 0; r < rows; ++r, from += p.output[1], to += count) {
+          if (i + r < 0 || i + r >= p.output[0] || begin == end) {
+            zero(to, count);
+            continue;
+          }
+          zero(to, begin);
+          copy<A>(from + begin, end - begin, to + begin);
+          zero(to + end, count - end);
         }
+        s.offset.data[reaching++] = (i - top) * s.window.row_length + (j - left) * channels;
       }
-      sum_pixels(s.window.buffer.data, 1, count, 0, channels,
-                 stride == 1 && p.dilation[1] == 1 ? p.kernel[1] : 0, reaching, longest,
-                 channels, s, s.out.data, 0, channels);
-
-      T *row = out + y * p.input[1] + from * stride + phase - p.padding[1];
-      if (stride == 1) transpose<A>(s.out.data, count, channels, channels, row, pixels);
+    }
+    const bool whole_rows = p.stride[1] == 1 && p.dilation[1] == 1;
+    sum_pixels(s.window.buffer.data, rows, count, s.window.row_length, channels,
+               whole_rows ? p.kernel[1] : 0, reaching, stride, channels, s, s.out.data,
+               count * channels, channels);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t y = (row + r) * p.stride[0] + down.phase - p.padding[0];
+      const A *from = s.out.data + r * count * channels;
+      T *to = out + y * p.input[1] + across.begin * p.stride[1] + across.phase - p.padding[1];
+      if (p.stride[1] == 1) transpose<A>(from, count, channels, channels, to, pixels);
       else
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t q = 0; q < count; ++q)
-            store<1>(row + c * pixels + q * stride, load<1>(s.out.data + q * channels + c));
+            store<1>(to + c * pixels + q * p.stride[1], load<1>(from + q * channels + c));
+    }
+  };
+  for (int64_t i = 0; i < p.stride[0]; ++i)
+    for (int64_t j = 0; j < p.stride[1]; ++j) {
+      const Phase down(p, 0, i, tile.row, tile.row_end);
+      const Phase across(p, 1, j, tile.column, tile.column_end);
+      for (int64_t row = down.begin; row < down.end && across.begin < across.end; row += step)
+        sum_chunk(down, across, row, min(step, down.end - row));
     }
   return true;
 }
