@@ -4,45 +4,11 @@ import itertools
 
 import pytest
 import torch
+from op_cases import CASES, DTYPES, NOT_EMPTY, backend_name, case, oracle, pair
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import BACKENDS, involution2d, output_size, reference
-
-# (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
-# sides, so that a swapped axis shows.
-CASES = {
-    'rednet': ((2, 32, 9, 7), 2, (7, 7), 1, 3, 1),
-    'stride 2, odd': ((2, 4, 9, 7), 2, (7, 7), 2, 3, 1),
-    'stride 2, even': ((1, 4, 8, 6), 1, (3, 3), 2, 1, 1),
-    'unequal sides': ((2, 6, 7, 10), 3, (3, 5), (2, 1), (1, 0), (2, 1)),
-    'dilation': ((1, 4, 11, 8), 4, (5, 3), (1, 3), (4, 2), (2, 2)),
-    'kernel 1': ((2, 4, 5, 3), 2, (1, 1), 1, 0, 1),
-    'one pixel': ((1, 2, 1, 1), 1, (7, 7), 1, 3, 1),
-    'far padding': ((1, 2, 2, 3), 1, (3, 3), 3, 5, 1),
-    'one row': ((1, 16, 1, 13), 1, (3, 3), 2, 1, 1),
-    'empty batch': ((0, 4, 5, 6), 2, (3, 3), 2, 1, 1),
-}
-case = pytest.mark.parametrize(
-    'shape, groups, kernel, stride, padding, dilation', CASES.values(), ids=CASES
-)
-# An empty batch has no element to perturb.
-NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
-
-
-def runnable(name):
-    reason = BACKENDS[name].unusable('cpu', torch.float32)
-    return pytest.param(
-        name, marks=pytest.mark.skipif(bool(reason), reason=str(reason))
-    )
-
-
-backend_name = pytest.mark.parametrize('backend', [*map(runnable, BACKENDS)])
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def pair(value):
-    return value if isinstance(value, tuple) else (value, value)
+from mmcls_involution.ops import involution2d, output_size, reference
 
 
 def make(shape, groups, kernel, stride, padding, dilation, dtype=torch.float64):
@@ -70,11 +36,6 @@ def loop(input, weight, stride, padding, dilation):
                 weight[:, ch // (c // g), u, v, i, j] * input[:, ch, y, x]
             )
     return out
-
-
-def oracle(input, weight, *arguments):
-    """The reference with PyTorch's own gradients, outside the custom operators."""
-    return reference.forward(input, weight, *map(pair, arguments))
 
 
 @case

@@ -91,6 +91,31 @@ def test_channels_last_gives_the_same(instruction_set, dtype):
 
 
 @built
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+def test_fused_forward(instruction_set, dtype):
+    """Kernels generated within, against float64."""
+    rng = random.Random(f'fused{instruction_set}{dtype}')
+    tolerance = 8 if dtype in (torch.float32, torch.float64) else 0.51
+    for _ in range(40):
+        x, weight, *arguments = problem(rng, dtype)[0]
+        n, groups, kh, kw, *size = weight.shape
+        rows, channels = groups * kh * kw, rng.randint(1, 40)
+        reduced = torch.randn(n, channels, *size).to(dtype)
+        span = torch.randn(rows, channels, 1, 1).to(dtype)
+        bias = torch.randn(rows).to(dtype) if rng.random() < 0.5 else None
+        doubles = [None if t is None else t.double() for t in (reduced, span, bias)]
+        kernels = torch.nn.functional.conv2d(*doubles).unflatten(1, (groups, kh, kw))
+        exact = tap_sum.forward(x.double(), kernels, *arguments)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            image = x.contiguous(memory_format=layout)
+            ours = native.fused_forward(
+                image, reduced, span, bias, (kh, kw), *arguments
+            )
+            error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(1e-30)
+            assert error <= tolerance * torch.finfo(dtype).eps
+
+
+@built
 @pytest.mark.parametrize('value', [0.0, 6e-8, 65504.0, 1e38, torch.inf, torch.nan])
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
 def test_extreme_values_convert_as_in_torch(dtype, value):

@@ -1,0 +1,315 @@
+"""fused_involution2d against the two steps that it stands for."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_cases import CASES, DTYPES, NOT_EMPTY, backend_name, case, oracle, pair
+from torch import nn
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmcls_involution.ops import (
+    BACKENDS,
+    Involution2d,
+    fused_involution2d,
+    involution2d,
+    output_size,
+)
+
+
+def make(
+    shape, groups, kernel, stride, padding, dilation, dtype=torch.float64, bias=True
+):
+    """The four tensors, and the arguments of either form."""
+    size = output_size(shape[2:], kernel, pair(stride), pair(padding), pair(dilation))
+    rows = groups * kernel[0] * kernel[1]
+    shapes = shape, (shape[0], 5, *size), (rows, 5, 1, 1), (rows,)
+    tensors = [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+    if not bias:
+        tensors.pop()
+    arguments = dict(stride=stride, padding=padding, dilation=dilation)
+    return tensors, dict(kernel_size=kernel, **arguments)
+
+
+def two_steps(input, reduced, weight, bias=None, *, kernel_size, **arguments):
+    kernels = F.conv2d(reduced, weight, bias).unflatten(1, (-1, *pair(kernel_size)))
+    return oracle(input, kernels, *arguments.values())
+
+
+@backend_name
+@pytest.mark.parametrize('bias', [True, False])
+@case
+def test_float64_is_exact(
+    backend, bias, shape, groups, kernel, stride, padding, dilation
+):
+    tensors, arguments = make(
+        shape, groups, kernel, stride, padding, dilation, bias=bias
+    )
+    out = fused_involution2d(*tensors, **arguments, backend=backend)
+    expected = two_steps(*tensors, **arguments)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, tensors, grad),
+        torch.autograd.grad(expected, tensors, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
+
+
+@backend_name
+@pytest.mark.parametrize('dtype', DTYPES, ids=str)
+@case
+def test_error_is_at_most_twice_that_of_pytorch(
+    backend, dtype, shape, groups, kernel, stride, padding, dilation
+):
+    tensors, arguments = make(shape, groups, kernel, stride, padding, dilation, dtype)
+    exact_tensors = [t.detach().double().requires_grad_() for t in tensors]
+    exact = two_steps(*exact_tensors, **arguments)
+    grad = torch.randn(exact.shape, dtype=dtype)
+    exact = [exact, *torch.autograd.grad(exact, exact_tensors, grad.double())]
+
+    def errors(function):
+        out = function(*tensors, **arguments)
+        results = [out, *torch.autograd.grad(out, tensors, grad)]
+        assert all(result.dtype == dtype for result in results)
+        return [
+            (result.double() - right).square().sum().div(max(right.numel(), 1)).sqrt()
+            for result, right in zip(results, exact, strict=True)
+        ]
+
+    pytorch = errors(two_steps)
+    ours = errors(lambda *t, **kw: fused_involution2d(*t, **kw, backend=backend))
+    for our, their, right in zip(ours, pytorch, exact, strict=True):
+        size = right.abs().max() if right.numel() else 0
+        assert our <= 2 * their + torch.finfo(dtype).eps * size / 2
+
+
+@backend_name
+@pytest.mark.parametrize(
+    'shape, groups, kernel, stride, padding, dilation',
+    NOT_EMPTY.values(),
+    ids=NOT_EMPTY,
+)
+def test_gradcheck(backend, shape, groups, kernel, stride, padding, dilation):
+    shape = (1, 2 * groups, *shape[2:])
+    tensors, arguments = make(shape, groups, kernel, stride, padding, dilation)
+
+    def function(*tensors):
+        return fused_involution2d(*tensors, **arguments, backend=backend)
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize('frozen', range(4))
+def test_gradients_of_some_arguments_alone(frozen):
+    tensors, arguments = make((2, 4, 6, 5), 2, (3, 3), 1, 1, 1)
+    kept = [t for i, t in enumerate(tensors) if i != frozen]
+    expected = torch.autograd.grad(two_steps(*tensors, **arguments).sum(), kept)
+    tensors[frozen].requires_grad_(False)
+    fused_involution2d(*tensors, **arguments).sum().backward()
+    assert tensors[frozen].grad is None
+    for tensor, grad in zip(kept, expected, strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
+
+
+@backend_name
+@pytest.mark.parametrize('reduced_too', [False, True])
+def test_channels_last_input_gives_channels_last_output(backend, reduced_too):
+    tensors, arguments = make((2, 8, 7, 6), 2, (3, 3), 2, 1, 1)
+    expected = two_steps(*tensors, **arguments)
+    for i in range(1 + reduced_too):
+        tensors[i] = tensors[i].contiguous(memory_format=torch.channels_last)
+    out = fused_involution2d(*tensors, **arguments, backend=backend)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('backward_inside', [False, True])
+def test_autocast_runs_in_the_chosen_dtype(dtype, backward_inside):
+    tensors, arguments = make((2, 4, 6, 5), 2, (3, 3), 1, 1, 1, torch.float32)
+    with torch.autocast('cpu', dtype=dtype):
+        out = fused_involution2d(*tensors, **arguments)
+        if backward_inside:
+            out.sum().backward()
+    if not backward_inside:
+        out.sum().backward()
+    assert out.dtype == dtype
+    assert all(t.grad.dtype == torch.float32 for t in tensors)
+    low = [t.detach().to(dtype) for t in tensors]
+    torch.testing.assert_close(out, fused_involution2d(*low, **arguments))
+
+
+@backend_name
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('name', ['stride 2, odd', 'unequal sides', 'empty batch'])
+def test_opcheck(backend, bias, name):
+    tensors, arguments = make(*CASES[name], bias=bias)
+    if not bias:
+        tensors.append(None)
+    lists = [list(pair(value)) for value in arguments.values()]
+    operator = torch.ops.mmcls_involution.fused_involution2d.default
+    opcheck(operator, (*tensors, *lists, backend))
+
+
+def test_compile_without_graph_breaks_for_changing_sizes():
+    module = Involution2d(32, stride=2, fused=True).double()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend='aot_eager')
+    for height, width in [(9, 7), (8, 12), (5, 15)]:
+        x = torch.randn(2, 32, height, width, dtype=torch.float64, requires_grad=True)
+        parameters = x, *module.parameters()
+        for ours, theirs in zip(
+            torch.autograd.grad(compiled(x).square().sum(), parameters),
+            torch.autograd.grad(module(x).square().sum(), parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_training_keeps_the_four_tensors_alone():
+    tensors, arguments = make((2, 32, 9, 7), 2, (7, 7), 1, 3, 1)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        fused_involution2d(*tensors, **arguments)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors}
+
+
+def test_flops_are_those_of_the_two_steps():
+    tensors, arguments = make((2, 6, 7, 9), 3, (3, 5), (2, 2), (1, 2), 1)
+    input, reduced, weight, bias = tensors
+    with FlopCounterMode(display=False) as counter:
+        fused_involution2d(*tensors, **arguments)
+    fused = counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        kernels = F.conv2d(reduced, weight, bias).unflatten(1, (3, 3, 5))
+        involution2d(input, kernels, (2, 2), (1, 2), 1)
+    assert fused == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    'argument, value, message',
+    [
+        ('input', torch.zeros(4, 5, 6), r'input must be \[N, C, H, W\]'),
+        ('reduced', torch.zeros(2, 3, 5), r'reduced must be \[N, R, Ho, Wo\]'),
+        (
+            'reduced',
+            torch.zeros(2, 4, 5, 6),
+            r'R = 4, the channels of.*\(18, 3, 1, 1\)',
+        ),
+        ('reduced', torch.zeros(1, 3, 5, 6), 'reduced must have the batch size.*2.*1'),
+        ('reduced', torch.zeros(2, 3, 5, 5), 'reduced must hold one kernel per.*5x5'),
+        ('reduced', torch.zeros(2, 3, 5, 6).half(), 'reduced must have the dtype'),
+        ('weight', torch.zeros(18, 3), r'weight must be \[G\*Kh\*Kw, R, 1, 1\]'),
+        ('weight', torch.zeros(17, 3, 1, 1), 'Kh.Kw = 9.*17'),
+        ('weight', torch.zeros(27, 3, 1, 1), "divide input's channels, 4, got 3"),
+        ('bias', torch.zeros(9), 'one value per row of weight, 18, got'),
+        ('bias', torch.zeros(18, device='meta'), 'on the device of input, cpu, got'),
+        ('kernel_size', 0, 'kernel_size must be at least 1, got 0'),
+        ('backend', 'cupy', "one of .*tap_sum.*, got 'cupy'"),
+    ],
+)
+def test_wrong_values_are_refused(argument, value, message):
+    arguments = dict(
+        input=torch.zeros(2, 4, 5, 6),
+        reduced=torch.zeros(2, 3, 5, 6),
+        weight=torch.zeros(18, 3, 1, 1),
+        bias=torch.zeros(18),
+        kernel_size=3,
+        padding=1,
+    )
+    arguments[argument] = value
+    if argument == 'weight' and len(value) == 27:
+        arguments['bias'] = torch.zeros(27)
+    with pytest.raises(ValueError, match=message):
+        fused_involution2d(**arguments)
+
+
+def test_wrong_types_are_refused():
+    with pytest.raises(TypeError, match='reduced must be a Tensor, got float'):
+        fused_involution2d(torch.zeros(1, 2, 3, 3), 1.0, None, kernel_size=3)
+
+
+def random_module(rng, **arguments):
+    group_channels, reduction_ratio = rng.choice([1, 3, 8, 16]), rng.choice([1, 2, 4])
+    return Involution2d(
+        group_channels * rng.randint(1, 3) * 4,
+        kernel_size=rng.choice([1, 3, 5, 7]),
+        stride=rng.randint(1, 3),
+        dilation=rng.randint(1, 2),
+        group_channels=group_channels,
+        reduction_ratio=reduction_ratio,
+        **arguments,
+    )
+
+
+@backend_name
+@pytest.mark.parametrize('seed', range(20))
+def test_random_modules_give_the_same_in_both_forms(backend, seed):
+    rng = random.Random(seed)
+    module = random_module(rng, backend=backend).double()
+    size = rng.randint(1, 40), rng.randint(1, 40)
+    x = torch.randn(2, module.channels, *size, dtype=torch.float64, requires_grad=True)
+    if rng.random() < 0.5:
+        x = x.contiguous(memory_format=torch.channels_last)
+    results = []
+    for module.fused in (True, False):
+        out = module(x)
+        grads = torch.autograd.grad(out.square().sum(), (x, *module.parameters()))
+        results.append([out, *grads])
+    for fused, other in zip(*results, strict=True):
+        torch.testing.assert_close(fused, other, rtol=1e-9, atol=1e-9)
+
+
+def names_of_operators(module):
+    """Of those that one forward pass runs."""
+    with torch.profiler.profile() as profile, torch.no_grad():
+        module(torch.rand(1, module.channels, 5, 5))
+    return {event.name for event in profile.events()}
+
+
+FUSED = 'mmcls_involution::fused_involution2d'
+
+
+def test_form_is_chosen_by_argument_then_variable_then_table(monkeypatch):
+    backend = 'tap_sum'
+    assert not BACKENDS[backend].fused
+    module = Involution2d(16, 3, backend=backend)
+    assert FUSED not in names_of_operators(module)
+    monkeypatch.setenv('MMCLS_INVOLUTION_FUSED', '1')
+    assert FUSED in names_of_operators(module)
+    module.fused = False
+    assert FUSED not in names_of_operators(module)
+    module.fused = True
+    monkeypatch.setenv('MMCLS_INVOLUTION_FUSED', '0')
+    assert FUSED in names_of_operators(module)
+    module.fused = None
+    monkeypatch.setenv('MMCLS_INVOLUTION_FUSED', 'yes')
+    with pytest.raises(ValueError, match="FUSED must be 0 or 1, got 'yes'"):
+        module(torch.rand(1, 16, 5, 5))
+
+
+@pytest.mark.parametrize('change', ['replaced', 'hooked'])
+def test_changed_span_convolution_is_called(change):
+    module = Involution2d(16, 3, fused=True)
+    calls = []
+    if change == 'hooked':
+        module.conv2.conv.register_forward_hook(lambda *_: calls.append(1))
+    else:
+
+        class Counting(nn.Conv2d):
+            def forward(self, x):
+                calls.append(1)
+                return super().forward(x)
+
+        module.conv2.conv = Counting(4, 9, 1)
+    module(torch.rand(1, 16, 5, 5))
+    assert calls
