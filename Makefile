@@ -24,7 +24,7 @@ lint: setup  ## ruff: rules and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
 bench: setup  ## time involution and RedNet beside their alternatives, short form
-	@$(RUN) tools/analysis_tools/benchmark_op.py --image 224x224 --rounds 3 && $(RUN) tools/analysis_tools/benchmark_model.py --shape 4x3x224x224 --rounds 3
+	@$(RUN) tools/analysis_tools/benchmark_op.py --image 8x224x224 --rounds 3 && $(RUN) tools/analysis_tools/benchmark_model.py --shape 4x3x224x224 --rounds 3
 
 clean:  ## remove the virtual environment and build products (the wheel cache stays)
 	@rm -rf '$(VENV)' build dist mmcls_involution.egg-info mmcls_involution/.mim .pytest_cache .ruff_cache

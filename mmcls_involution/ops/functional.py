@@ -7,11 +7,9 @@ each one's derivative is written with the other two.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -23,8 +21,6 @@ from .geometry import memory_format, output_size
 
 BACKEND_VARIABLE = 'MMCLS_INVOLUTION_BACKEND'
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,16 +54,18 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
-@cache
 def _default_backend(device: str, dtype: torch.dtype) -> str:
     usable = [
         name
         for name, backend in BACKENDS.items()
         if backend.priority is not None and backend.unusable(device, dtype) is None
     ]
-    name = max(usable, key=lambda name: BACKENDS[name].priority)
-    logger.debug('involution2d uses backend %r for %s on %s', name, dtype, device)
-    return name
+    return max(usable, key=lambda name: BACKENDS[name].priority)
+
+
+# torch.compile takes the result as it is. torch.compiler.assume_constant_result would
+# set the same, but imports all of torch._dynamo for it, which takes a second.
+_default_backend._dynamo_marked_constant = True
 
 
 def _kernels(backend: str, tensor: Tensor) -> ModuleType:

@@ -1,18 +1,20 @@
 """Time involution at the shapes of RedNet, every backend beside the alternatives.
 
-    python tools/analysis_tools/benchmark_op.py [--backend NAME ...] [--dry-run] ...
+    python tools/analysis_tools/benchmark_op.py [--image 8x224x224 ...] [--dry-run] ...
 
 Per shape: every backend, the unfold form of the paper's pseudo-code (the backend
 `reference`), the 3x3 convolution that the involution replaces, and the time that
 reading input and kernels and writing the output takes at the machine's measured copy
-bandwidth. All of them take turns in one process, so the ratios hold where absolute
-times drift.
+bandwidth. Then the same involution with the 1x1 convolution that spans its kernels: in
+two steps, and fused. All of them take turns in one process, so the ratios hold where
+absolute times drift.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,12 +28,16 @@ from benchmark_utils import (
     time_in_turns,
     write_csv,
 )
+from torch import Tensor
 
 from mmcls_involution.models import Involution2d, RedNet
-from mmcls_involution.ops import BACKENDS, involution2d
+from mmcls_involution.ops import BACKENDS, fused_involution2d, involution2d
 
-SETTINGS = {'224x224': 8, '800x1216': 1, '512x1024': 2}
+IMAGES = ('8x224x224', '1x800x1216', '2x512x1024')
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
+Shape = dict[str, int]
+# Time and memory of one candidate: forward and backward in seconds, memory in bytes.
+Figures = dict[str, float]
 
 
 def parse_args() -> argparse.Namespace:
@@ -42,9 +48,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--image',
         nargs='+',
-        choices=SETTINGS,
-        default=list(SETTINGS),
-        help='image sizes; their batch sizes are ' + str(SETTINGS),
+        default=list(IMAGES),
+        help='batch x height x width (default: %(default)s)',
     )
     parser.add_argument('--dtype', choices=DTYPES, default='fp32')
     parser.add_argument(
@@ -62,81 +67,153 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def involution_shapes(depth: int, batch: int, size: str) -> list[dict[str, int]]:
+def involution_shapes(depth: int, batch: int, height: int, width: int) -> list[Shape]:
     """The distinct involutions of RedNet for images of one size, and how many each."""
     counts: dict[tuple[int, ...], int] = {}
 
-    def record(module: Involution2d, inputs: tuple[torch.Tensor, ...]) -> None:
+    def record(module: Involution2d, inputs: tuple[Tensor, ...]) -> None:
         key = (*inputs[0].shape, module.kernel_size, module.stride)
         key += (module.channels // module.group_channels,)
+        key += (module.channels // module.reduction_ratio,)
         counts[key] = counts.get(key, 0) + 1
 
     with torch.device('meta'):
         model = RedNet(depth).eval()
-        image = torch.empty(batch, 3, *map(int, size.split('x')))
+        image = torch.empty(batch, 3, height, width)
     for module in model.modules():
         if isinstance(module, Involution2d):
             module.register_forward_pre_hook(record)
     model(image)
     names = ('batch', 'channels', 'height', 'width', 'kernel', 'stride', 'groups')
     return [
-        dict(zip(names, key, strict=True), layers=count)
+        dict(zip((*names, 'reduced'), key, strict=True), layers=count)
         for key, count in counts.items()
     ]
 
 
 def measure(
-    shape: dict[str, int],
-    backends: list[str],
-    dtype: torch.dtype,
-    device: str,
-    rounds: int,
-    forward_only: bool,
+    candidates: dict[str, tuple[Callable[[], Tensor], list[Tensor]]],
+    grad: Tensor,
+    args: argparse.Namespace,
     label: str,
-) -> dict[str, dict[str, float]]:
-    """Seconds and bytes of every provider: {provider: {forward, backward, memory}}."""
-    n, c, stride, k = (shape[key] for key in ('batch', 'channels', 'stride', 'kernel'))
-    out_size = [-(-shape[side] // stride) for side in ('height', 'width')]
-    options = dict(dtype=dtype, device=device, requires_grad=True)
-    x = torch.randn(n, c, shape['height'], shape['width'], **options)
-    weight = torch.randn(n, shape['groups'], k, k, *out_size, **options)
-    filters = torch.randn(c, c, 3, 3, **options)
-    grad = torch.randn(n, c, *out_size, dtype=dtype, device=device)
+) -> dict[str, Figures]:
+    """Figures of candidates: functions, and the tensors that they differentiate."""
 
-    def involution(backend: str):
-        return lambda: involution2d(x, weight, stride, k // 2, backend=backend)
+    def backward(out: Tensor, tensors: list[Tensor]) -> Callable:
+        return lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True)
 
-    providers = {name: (involution(name), weight) for name in backends}
-    providers['conv3x3'] = (lambda: F.conv2d(x, filters, None, stride, 1), filters)
+    def step(forward: Callable[[], Tensor], tensors: list[Tensor]) -> Callable:
+        return lambda: torch.autograd.grad(forward(), tensors, grad)
 
-    def backward(out: torch.Tensor, parameters: torch.Tensor):
-        return lambda: torch.autograd.grad(
-            out, (x, parameters), grad, retain_graph=True
-        )
-
-    def step(forward, parameters: torch.Tensor):
-        return lambda: torch.autograd.grad(forward(), (x, parameters), grad)
-
+    timing = args.device, args.rounds
     with torch.no_grad():
-        seconds = time_in_turns(
-            {name: forward for name, (forward, _) in providers.items()},
-            device,
-            rounds,
-            f'{label} forward',
-        )
+        functions = {name: forward for name, (forward, _) in candidates.items()}
+        seconds = time_in_turns(functions, *timing, f'{label} forward')
     results = {name: dict(forward=value) for name, value in seconds.items()}
-    if not forward_only:
-        graphs = {name: backward(f(), p) for name, (f, p) in providers.items()}
-        seconds = time_in_turns(graphs, device, rounds, f'{label} backward')
-        for name, value in seconds.items():
-            results[name]['backward'] = value
-        del graphs
-        for name, (forward, parameters) in providers.items():
-            results[name]['memory'] = peak_memory(step(forward, parameters), device)
-    results['conv3x3']['bytes'] = 0
-    for name in backends:
-        results[name]['bytes'] = x.nbytes + weight.nbytes + grad.nbytes
+    if args.forward_only:
+        return results
+    graphs = {name: backward(f(), tensors) for name, (f, tensors) in candidates.items()}
+    for name, value in time_in_turns(graphs, *timing, f'{label} backward').items():
+        results[name]['backward'] = value
+    del graphs
+    for name, candidate in candidates.items():
+        results[name]['memory'] = peak_memory(step(*candidate), args.device)
     return results
+
+
+def random_tensors(
+    shape: Shape, args: argparse.Namespace
+) -> tuple[Callable[..., Tensor], Tensor, Tensor, dict[str, int]]:
+    """What makes parameters, input, gradient of the output, arguments."""
+    stride, kernel = shape['stride'], shape['kernel']
+
+    def make(*size: int) -> Tensor:
+        return torch.randn(
+            size, dtype=DTYPES[args.dtype], device=args.device, requires_grad=True
+        )
+
+    batch, channels = shape['batch'], shape['channels']
+    size = shape['height'], shape['width']
+    grad = make(batch, channels, *(-(-side // stride) for side in size)).detach()
+    arguments = dict(stride=stride, padding=kernel // 2)
+    return make, make(batch, channels, *size), grad, arguments
+
+
+def measure_involution(
+    shape: Shape, backends: list[str], args: argparse.Namespace, label: str
+) -> tuple[dict[str, Figures], int]:
+    """Figures with kernels given, and the bytes that a forward pass moves."""
+    make, x, grad, arguments = random_tensors(shape, args)
+    n, c, k = shape['batch'], shape['channels'], shape['kernel']
+    weight = make(n, shape['groups'], k, k, *grad.shape[2:])
+    filters = make(c, c, 3, 3)
+
+    def involution(backend: str) -> Callable[[], Tensor]:
+        return lambda: involution2d(x, weight, **arguments, backend=backend)
+
+    candidates = {name: (involution(name), [x, weight]) for name in backends}
+    candidates['conv3x3'] = (
+        lambda: F.conv2d(x, filters, None, shape['stride'], 1),
+        [x, filters],
+    )
+    figures = measure(candidates, grad, args, label)
+    return figures, x.nbytes + weight.nbytes + grad.nbytes
+
+
+def measure_spanned(
+    shape: Shape, backend: str, args: argparse.Namespace, label: str
+) -> dict[str, Figures]:
+    """Figures with the 1x1 convolution that spans the kernels."""
+    make, x, grad, arguments = random_tensors(shape, args)
+    k, reduced_channels = shape['kernel'], shape['reduced']
+    rows = shape['groups'] * k * k
+    reduced = make(shape['batch'], reduced_channels, *grad.shape[2:])
+    span, bias = make(rows, reduced_channels, 1, 1), make(rows)
+    tensors = [x, reduced, span, bias]
+
+    def two_steps() -> Tensor:
+        kernels = F.conv2d(reduced, span, bias).unflatten(1, (-1, k, k))
+        return involution2d(x, kernels, **arguments, backend=backend)
+
+    def fused() -> Tensor:
+        return fused_involution2d(*tensors, kernel_size=k, **arguments, backend=backend)
+
+    candidates = {'two steps': (two_steps, tensors), 'fused': (fused, tensors)}
+    return measure(candidates, grad, args, f'{label} spanned')
+
+
+def table_row(shape: Shape, figures: dict[str, Figures], *keys: str) -> dict:
+    """The shape, and per candidate its figures, of times in ms, of memory in MB."""
+    row: dict[str, object] = {
+        'shape': '{channels}x{height}x{width} K{kernel} s{stride}'.format(**shape),
+        'layers': shape['layers'],
+    }
+    for name, figure in figures.items():
+        values = [
+            figure[key] * (1e-6 if key == 'memory' else 1e3)
+            for key in keys
+            if key in figure
+        ]
+        row[name] = ' / '.join(f'{value:.3g}' for value in values)
+    return row
+
+
+def speedups(
+    results: list[dict[str, Figures]], ours: str, other: str
+) -> dict[str, object]:
+    """How many times faster `ours` is, as geometric means over the shapes."""
+
+    def mean(*keys: str) -> float:
+        return statistics.geometric_mean(
+            sum(result[other][key] for key in keys)
+            / sum(result[ours][key] for key in keys)
+            for result in results
+        )
+
+    row: dict[str, object] = {f'{ours} against': other, 'forward': mean('forward')}
+    if 'backward' in results[0][ours]:
+        row['forward + backward'] = mean('forward', 'backward')
+    return row
 
 
 def main() -> None:
@@ -152,11 +229,12 @@ def main() -> None:
         if reason is None:
             backends.append(name)
     shapes = {
-        size: involution_shapes(args.depth, SETTINGS[size], size) for size in args.image
+        image: involution_shapes(args.depth, *map(int, image.split('x')))
+        for image in args.image
     }
     if args.dry_run:
-        for size, rows in shapes.items():
-            print_table(f'RedNet-{args.depth} at {size}', rows)
+        for image, rows in shapes.items():
+            print_table(f'RedNet-{args.depth} at {image}', rows)
         return
     if not backends:
         raise SystemExit('No backend can run: see the reasons above.')
@@ -164,66 +242,56 @@ def main() -> None:
     console.print(describe_machine(args.device))
     bandwidth = copy_bandwidth(args.device)
     console.print(f'copy bandwidth: {bandwidth / 1e9:.3g} GB/s\n')
-    records, ratios = [], {}
-    for size, rows in shapes.items():
-        table = []
+    records, summary = [], []
+    for image, rows in shapes.items():
+        plain_results, spanned_results, tables = [], [], ([], [], [])
         for i, shape in enumerate(rows):
-            label = f'{size} [{i + 1}/{len(rows)}]'
-            result = measure(
-                shape,
-                backends,
-                dtype,
-                args.device,
-                args.rounds,
-                args.forward_only,
-                label,
+            label = f'{image} [{i + 1}/{len(rows)}]'
+            plain, size = measure_involution(shape, backends, args, label)
+            spanned = measure_spanned(shape, backends[0], args, label)
+            plain_results.append(plain)
+            spanned_results.append(spanned)
+            floor = size / bandwidth
+            tables[0].append(
+                {
+                    **table_row(shape, plain, 'forward', 'backward'),
+                    'floor': floor * 1e3,
+                    'x floor': plain[backends[0]]['forward'] / floor,
+                }
             )
-            best = backends[0]
-            floor = result[best]['bytes'] / bandwidth
-            name = '{channels}x{height}x{width} K{kernel} s{stride}'.format(**shape)
-            row: dict[str, object] = {'shape': name, 'layers': shape['layers']}
-            for provider, figures in result.items():
-                row[f'{provider} fwd ms'] = figures['forward'] * 1e3
-                if not args.forward_only:
-                    row[f'{provider} bwd ms'] = figures['backward'] * 1e3
-                    row[f'{provider} MB'] = figures['memory'] / 1e6
+            tables[1].append(table_row(shape, spanned, 'forward', 'backward'))
+            both = {**plain, **spanned}
+            tables[2].append(table_row(shape, both, 'memory'))
+            for name, figures in both.items():
                 records.append(
                     dict(
-                        image=size,
+                        image=image,
                         **shape,
                         dtype=args.dtype,
-                        provider=provider,
+                        candidate=name,
                         forward_ms=figures['forward'] * 1e3,
                         backward_ms=figures.get('backward', float('nan')) * 1e3,
                         peak_memory_mb=figures.get('memory', float('nan')) / 1e6,
-                        floor_ms=floor * 1e3 if figures['bytes'] else float('nan'),
+                        floor_ms=floor * 1e3,
                     )
                 )
-            row['floor ms'] = floor * 1e3
-            row['x floor'] = result[best]['forward'] / floor
-            table.append(row)
-            for other in (*backends[1:], 'conv3x3'):
-                pair = ratios.setdefault((size, other), ([], []))
-                pair[0].append(result[other]['forward'] / result[best]['forward'])
-                if not args.forward_only:
-                    ours, theirs = (
-                        result[p]['forward'] + result[p]['backward']
-                        for p in (best, other)
-                    )
-                    pair[1].append(theirs / ours)
-        print_table(f'{size}, batch {SETTINGS[size]}, {args.dtype}', table)
-    summary = [
-        {
-            'image': size,
-            f'{backends[0]} against': other,
-            'forward': statistics.geometric_mean(forward),
-            'forward + backward': statistics.geometric_mean(both)
-            if both
-            else float('nan'),
-        }
-        for (size, other), (forward, both) in ratios.items()
-    ]
-    print_table('times faster, geometric mean over the shapes', summary)
+        title = f'{image}, {args.dtype}: ms forward / backward'
+        print_table(f'{title}; kernels given', tables[0])
+        print_table(f'{title}; kernels spanned by a 1x1 convolution', tables[1])
+        if not args.forward_only:
+            print_table(f'{image}, {args.dtype}: MB that both take', tables[2])
+        summary += [
+            {'image': image, **speedups(plain_results, backends[0], other)}
+            for other in (*backends[1:], 'conv3x3')
+        ]
+        summary.append(
+            {'image': image, **speedups(spanned_results, 'fused', 'two steps')}
+        )
+    for first in dict.fromkeys(list(row)[1] for row in summary):
+        print_table(
+            'times faster, geometric mean over the shapes',
+            [row for row in summary if first in row],
+        )
     write_csv(args.out, records)
 
 

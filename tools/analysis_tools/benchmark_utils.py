@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -16,7 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-console = Console()
+# Where the output is no terminal rich would squeeze tables into 80 columns.
+console = Console(width=None if Console().is_terminal else 140)
 
 
 def synchronize(device: str) -> None:
@@ -44,7 +46,11 @@ def time_in_turns(
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     rounds_shown = track(
-        range(rounds + 1), description, console=console, transient=True
+        range(rounds + 1),
+        description,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
     )
     for turn in rounds_shown:
         for name, function in functions.items():
@@ -69,6 +75,9 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         function()
         synchronize(device)
         return module.max_memory_allocated() - before
+    os.environ.setdefault(
+        'KINETO_LOG_LEVEL', '99'
+    )  # it prints a line per start and stop
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:
@@ -109,7 +118,8 @@ def describe_machine(device: str) -> str:
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:
     """Print dicts with the same keys as a table."""
-    table = Table(title=title, title_justify='left')
+    console.print(f'\n{title}', style='bold', highlight=False)
+    table = Table()
     for key in rows[0]:
         table.add_column(str(key), justify='right')
     for row in rows:
