@@ -211,6 +211,11 @@ def _backward(ctx, grad):
         *ctx.kernel_size,
         *grad.shape[2:],
     )
+    # Gradients of backends want kernels in contiguous memory; the format that a 1x1
+    # weight has depends on its strides alone.
+    layout = memory_format(reduced)
+    reduced = reduced.contiguous()
+    weight = weight.flatten(1)[:, :, None, None]
     needs_input, *needs_generator = ctx.needs_input_grad[:4]
     grad_input = None
     grads = [None] * 3
@@ -220,14 +225,18 @@ def _backward(ctx, grad):
         del kernels  # before memory of the same size is taken for their gradient
     if any(needs_generator):
         grad_kernels = _grad_weight(grad, input, shape, *ctx.arguments).flatten(1, 3)
-        grads = torch.ops.aten.convolution_backward(
-            grad_kernels,
-            reduced,
-            weight,
-            None if bias is None else bias.shape,
-            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),
-            needs_generator,
+        grads = list(
+            torch.ops.aten.convolution_backward(
+                grad_kernels,
+                reduced,
+                weight,
+                None if bias is None else bias.shape,
+                *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),
+                needs_generator,
+            )
         )
+        if grads[0] is not None:
+            grads[0] = grads[0].contiguous(memory_format=layout)
     return grad_input, *grads, *[None] * 5
 
 

@@ -123,10 +123,13 @@ int main(int, char **argv) {
     Problem last = p;
     last.channels_last = 1;
     const Array x_last = channels_last(x, p.batch, p.channels, in);
+    const Array g_last = channels_last(g, p.batch, p.channels, out);
     const Array y_last = channels_last(y, p.batch, p.channels, out);
     bool good = passes(kForward, p, {x, w}, y) && passes(kGradInput, p, {g, w}, gx) &&
                 passes(kGradWeight, p, {g, x}, gw) &&
-                passes(kForward, last, {x_last, channels_last(w, p.batch, rows, out)}, y_last);
+                passes(kForward, last, {x_last, channels_last(w, p.batch, rows, out)}, y_last) &&
+                passes(kGradInput, last, {g_last, w}, channels_last(gx, p.batch, p.channels, in)) &&
+                passes(kGradWeight, last, {g_last, x_last}, gw);
     if (k % 2) {
       p.reduced = last.reduced = reduced;
       Inputs generated = {x, r, span}, generated_last = {x_last, channels_last(r, p.batch, reduced, out), span};

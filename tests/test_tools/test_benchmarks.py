@@ -60,7 +60,11 @@ def test_model(tmp_path):
     run('benchmark_model.py', *arguments, '--out', path)
     with path.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row['what'] for row in rows] == ['inference, fused', 'training step']
+    assert [row['what'] for row in rows] == [
+        'inference, fused',
+        'training step',
+        'training step, channels_last',
+    ]
     for row in rows:
         ratio = float(row['RedNet ms']) / float(row['ResNet ms'])
         assert float(row['time ratio']) == pytest.approx(ratio)

@@ -4,7 +4,7 @@
 
 Inference and training step of the backbones with all four stages out, both networks
 treated alike, in turns in one process: the ratios hold where absolute times drift. On a
-CPU RedNet's inference turns to channels_last memory by itself, and back; the treatment
+CPU RedNet turns to channels_last memory by itself, and back; the treatment
 `channels_last` gives both networks that memory from the start.
 """
 
@@ -111,7 +111,7 @@ def main() -> None:
 
     rows = []
 
-    def report(shape: str, what: str, functions: dict, memory: bool) -> None:
+    def report(shape: str, what: str, functions: dict) -> None:
         label = f'{shape} {what}'
         seconds = time_in_turns(functions, args.device, args.rounds, label)
         row = {'shape': shape, 'what': what}
@@ -119,7 +119,7 @@ def main() -> None:
             row[f'{name} ms'] = value * 1e3
         row['time ratio'] = seconds['RedNet'] / seconds['ResNet']
         peaks = {
-            name: peak_memory(function, args.device) / 1e6 if memory else float('nan')
+            name: peak_memory(function, args.device) / 1e6
             for name, function in functions.items()
         }
         for name, value in peaks.items():
@@ -138,12 +138,18 @@ def main() -> None:
                 name: inference(prepare(model, treatment), images)
                 for name, model in models.items()
             }
-            report(shape, f'inference, {treatment}', functions, memory=True)
-        if not args.no_train:
+            report(shape, f'inference, {treatment}', functions)
+        layouts = {'training step': x}
+        layouts['training step, channels_last'] = x.contiguous(
+            memory_format=torch.channels_last
+        )
+        for what, images in layouts.items():
+            if args.no_train:
+                break
             functions = {
-                name: training_step(model, x) for name, model in models.items()
+                name: training_step(model, images) for name, model in models.items()
             }
-            report(shape, 'training step', functions, memory=True)
+            report(shape, what, functions)
     precision = 'bf16 autocast' if args.amp else 'fp32'
     print_table(f'RedNet-{args.depth} against ResNet-{args.depth}, {precision}', rows)
     write_csv(args.out, rows)

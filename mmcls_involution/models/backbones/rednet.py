@@ -354,10 +354,10 @@ class RedNet(BaseModule):
             the default strides, 1 / ``4 * 2**i`` of the image's size, rounded up. They
             lie in memory as the images do.
         """
-        # Inference on a CPU is a third faster in channels_last memory, the way back
-        # included (docs/benchmarks.md). mmcv's RoIAlign does not take such features.
+        # A CPU is faster in channels_last memory, the way back included
+        # (docs/benchmarks.md); mmcv's RoIAlign reads such features wrongly.
         layout = memory_format(x)
-        if x.device.type == 'cpu' and not torch.is_grad_enabled():
+        if x.device.type == 'cpu':
             x = x.contiguous(memory_format=torch.channels_last)
         x = self.maxpool(self.stem(x))
         outs = []

@@ -193,11 +193,17 @@ def grad_input(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
+    layout = memory_format(grad)
     shape = (*grad.shape[:2], *input_size)
-    inputs = grad.contiguous(), weight.contiguous()
-    arguments = (stride, padding, dilation)
-    out = grad.new_empty(shape)
-    return _run(GRAD_INPUT, inputs, out, shape, weight.shape, arguments)
+    return _run(
+        GRAD_INPUT,
+        (grad.contiguous(memory_format=layout), weight.contiguous()),
+        torch.empty(shape, dtype=grad.dtype, memory_format=layout),
+        shape,
+        weight.shape,
+        (stride, padding, dilation),
+        channels_last=layout == torch.channels_last,
+    )
 
 
 def grad_weight(
@@ -209,7 +215,13 @@ def grad_weight(
     dilation: Sequence[int],
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
-    inputs = grad.contiguous(), input.contiguous()
-    arguments = (stride, padding, dilation)
-    out = grad.new_empty(weight_shape)
-    return _run(GRAD_WEIGHT, inputs, out, input.shape, weight_shape, arguments)
+    layout = memory_format(input)
+    return _run(
+        GRAD_WEIGHT,
+        tuple(tensor.contiguous(memory_format=layout) for tensor in (grad, input)),
+        grad.new_empty(weight_shape),
+        input.shape,
+        weight_shape,
+        (stride, padding, dilation),
+        channels_last=layout == torch.channels_last,
+    )

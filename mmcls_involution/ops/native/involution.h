@@ -7,8 +7,7 @@
 extern "C" {
 
 // Sizes of one involution; pairs are (height, width). `reduced` is the number of channels
-// that kernels are generated from, 0 where they are given; `channels_last` concerns the
-// forward operation alone.
+// that kernels are generated from, 0 where they are given.
 struct Problem {
   int64_t batch, channels, groups, reduced, channels_last;
   int64_t kernel[2], input[2], output[2], stride[2], padding[2], dilation[2];
@@ -25,10 +24,11 @@ typedef int32_t (*ParallelFor)(int64_t begin, int64_t end, int64_t grain,
 // forward:     out[N,C,Ho,Wo]        from input, kernels
 //              generated:             from input, reduced[N,R,Ho,Wo], span weight[G*Kh*Kw,R],
 //              span bias[G*Kh*Kw] or null: kernels = span(reduced), never in memory as a whole
-//              channels_last:         out[N,Ho,Wo,C], input[N,H,W,C],
-//              kernels[N,Ho,Wo,G,Kh,Kw] or reduced[N,Ho,Wo,R]
 // grad_input:  out[N,C,H,W]          from output grad, kernels
 // grad_weight: out[N,G,Kh,Kw,Ho,Wo]  from output grad, input
+//
+// With channels_last [N,C,H,W] lies in memory as [N,H,W,C], the reduced map likewise, and a
+// forward operation's kernels as [N,Ho,Wo,G,Kh,Kw].
 //
 // Every element of `out` is written, in an order of summation that does not depend on the
 // threads. `threads` counts where parallel_for is null. Returns 0, or 1 if the scratch

@@ -367,38 +367,41 @@ template <class A> struct PlanarWindow {
 
   int64_t column(int64_t q) const { return q % stride * phase_length + q / stride; }
 
+  // `image` as in PixelWindow.
   template <class T>
-  bool fill(const T *image, int64_t channels, const int64_t *size, const Area &area,
-            int64_t column_stride) {
+  bool fill(const T *image, int64_t channels, int64_t all_channels, const int64_t *size,
+            const Area &area, int64_t column_stride) {
     stride = column_stride;
     phase_length = ceil_div(area.columns, stride);
     row_length = phase_length * stride;
     channel_stride = spread(area.rows * row_length);
     if (!buffer.reserve(channels * channel_stride)) return false;
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t r = 0; r < area.rows; ++r) {
-        A *to = buffer.data + c * channel_stride + r * row_length;
-        const int64_t y = area.top + r;
-        if (y < 0 || y >= size[0]) zero(to, row_length);
-        else
-          for (int64_t phase = 0; phase < stride; ++phase, to += phase_length)
-            fill_phase(image + (c * size[0] + y) * size[1], size[1], area.left + phase, to);
+    for (int64_t r = 0; r < area.rows; ++r)
+      for (int64_t phase = 0; phase < stride; ++phase) {
+        // Columns start, start + stride, ... of the image, those in [begin, end) inside of it.
+        const int64_t y = area.top + r, start = area.left + phase;
+        int64_t begin = start < 0 ? min(ceil_div(-start, stride), phase_length) : 0;
+        int64_t end = start < size[1] ? min(ceil_div(size[1] - start, stride), phase_length) : 0;
+        if (begin >= end || y < 0 || y >= size[0]) begin = end = phase_length;
+        A *to = buffer.data + r * row_length + phase * phase_length;
+        for (int64_t c = 0; c < channels; ++c) {
+          zero(to + c * channel_stride, begin);
+          zero(to + c * channel_stride + end, phase_length - end);
+        }
+        if (begin == end) continue;
+        const T *from = image + (y * size[1] + start + begin * stride) * max(all_channels, 1);
+        to += begin;
+        if (all_channels) {
+          transpose<A>(from, end - begin, channels, stride * all_channels, to, channel_stride);
+          continue;
+        }
+        for (int64_t c = 0; c < channels; ++c, from += size[0] * size[1], to += channel_stride)
+          if (stride == 1) copy<A>(from, end - begin, to);
+          else
+            for (int64_t i = 0; i < end - begin; ++i)
+              store<1>(to + i, load<1>(from + i * stride));
       }
     return true;
-  }
-
- private:
-  // Reads columns start, start + stride, ... of a row.
-  template <class T> void fill_phase(const T *row, int64_t width, int64_t start, A *to) {
-    const int64_t begin = start < 0 ? min(ceil_div(-start, stride), phase_length) : 0;
-    const int64_t end = start < width ? min(ceil_div(width - start, stride), phase_length) : 0;
-    if (begin >= end) return zero(to, phase_length);
-    zero(to, begin);
-    const T *from = row + start + begin * stride;
-    if (stride == 1) copy<A>(from, end - begin, to + begin);
-    else
-      for (int64_t i = begin; i < end; ++i, from += stride) store<1>(to + i, load<1>(from));
-    zero(to + end, phase_length - end);
   }
 };
 
@@ -457,6 +460,13 @@ struct Tile {
                 (p.kernel[1] - 1) * p.dilation[1] + 1};
   }
 };
+
+// Where the first of the tile's channels begins in an image of that size.
+template <class T>
+T *channels_of(const Tile &tile, const Problem &p, const int64_t *size, T *images) {
+  const int64_t pixels = size[0] * size[1], first = tile.group * (p.channels / p.groups);
+  return images + tile.image * p.channels * pixels + first * (p.channels_last ? 1 : pixels);
+}
 
 int64_t tile_count(Operation operation, const Problem &p) {
   return Tile::count(p, operation == kGradInput ? p.input : p.output);
@@ -591,13 +601,10 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
-  const int64_t input_plane = p.input[0] * p.input[1], first = tile.group * channels;
   const int64_t step = rows_at_once(columns), stride = spread(step * columns);
   const int64_t reduced_stride = spread(tile.rows() * columns);
-  if (!s.window.fill(tensors.first + tile.image * p.channels * input_plane +
-                         first * (p.channels_last ? 1 : input_plane),
-                     channels, p.channels_last ? p.channels : 0, p.input,
-                     tile.input(p, kPixels)) ||
+  if (!s.window.fill(channels_of(tile, p, p.input, tensors.first), channels,
+                     p.channels_last ? p.channels : 0, p.input, tile.input(p, kPixels)) ||
       !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
       !s.out.reserve((step * columns + kPixels) * channels) ||
       (p.reduced && !read_generator(p, tile, tensors, reduced_stride, s)))
@@ -613,7 +620,7 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
     else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
     const int64_t at = row * p.output[1] + tile.column;
-    T *out = tensors.out + tile.image * p.channels * plane;
+    T *out = channels_of(tile, p, p.output, tensors.out);
     const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
       sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
                  p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
@@ -621,7 +628,7 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     };
     if constexpr (std::is_same<T, A>::value)
       if (p.channels_last && columns >= kPixels && channels >= kLanes<A>) {
-        sum_to(out + at * p.channels + first, p.output[1] * p.channels, p.channels);
+        sum_to(out + at * p.channels, p.output[1] * p.channels, p.channels);
         continue;
       }
     sum_to(s.out.data, columns * channels, channels);
@@ -629,14 +636,13 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       for (int64_t i = 0, pixel = 0; i < rows; ++i)
         for (int64_t j = 0; j < columns; ++j, ++pixel)
           copy<A>(s.out.data + pixel * channels, channels,
-                  out + (at + i * p.output[1] + j) * p.channels + first);
+                  out + (at + i * p.output[1] + j) * p.channels);
     } else if (columns == p.output[1]) {
-      transpose<A>(s.out.data, rows * columns, channels, channels, out + first * plane + at,
-                   plane);
+      transpose<A>(s.out.data, rows * columns, channels, channels, out + at, plane);
     } else {
       for (int64_t i = 0; i < rows; ++i)
         transpose<A>(s.out.data + i * columns * channels, columns, channels, channels,
-                     out + first * plane + at + i * p.output[1], plane);
+                     out + at + i * p.output[1], plane);
     }
   }
   return true;
@@ -648,12 +654,12 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
-  const int64_t first = tile.image * p.channels + tile.group * channels;
   const int64_t step = rows_at_once(columns), stride = spread(step * columns);
   // Vectors reach beyond rows that are shorter.
   const int64_t reach = max(columns, kLanes<A>);
-  if (!s.planes.fill(tensors.second + first * p.input[0] * p.input[1], channels, p.input,
-                     tile.input(p, kLanes<A>), p.stride[1]) ||
+  if (!s.planes.fill(channels_of(tile, p, p.input, tensors.second), channels,
+                     p.channels_last ? p.channels : 0, p.input, tile.input(p, kLanes<A>),
+                     p.stride[1]) ||
       !s.offset.reserve(taps) || !s.grad.reserve(channels * reach) ||
       !s.sum.reserve(taps * kLanes<A>) || !s.kernels.reserve(taps * stride))
     return false;
@@ -662,15 +668,18 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       s.offset.data[t++] =
           u * p.dilation[0] * s.planes.row_length + s.planes.column(v * p.dilation[1]);
 
-  const T *grad = tensors.first + first * plane;
+  const T *grad = channels_of(tile, p, p.output, tensors.first);
   T *out = tensors.out + (tile.image * p.groups + tile.group) * taps * plane;
   for (int64_t row = tile.row; row < tile.row_end; row += step) {
     const int64_t rows = min(step, tile.row_end - row);
     for (int64_t i = 0; i < rows; ++i) {
       const A *source = s.planes.buffer.data + (row + i - tile.row) * p.stride[0] * s.planes.row_length;
-      for (int64_t c = 0; c < channels; ++c)
-        copy<A>(grad + c * plane + (row + i) * p.output[1] + tile.column, columns,
-                s.grad.data + c * reach);
+      const int64_t at = (row + i) * p.output[1] + tile.column;
+      if (p.channels_last)
+        transpose<A>(grad + at * p.channels, columns, channels, p.channels, s.grad.data, reach);
+      else
+        for (int64_t c = 0; c < channels; ++c)
+          copy<A>(grad + c * plane + at, columns, s.grad.data + c * reach);
       for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
         constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
         for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
@@ -712,7 +721,7 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], pixels = p.input[0] * p.input[1];
   const T *weight = tensors.second + (tile.image * p.groups + tile.group) * taps * plane;
-  T *out = tensors.out + (tile.image * p.channels + tile.group * channels) * pixels;
+  T *out = channels_of(tile, p, p.input, tensors.out);
 
   // Every output that reads the tile, and as many columns as are summed at once.
   const auto first_output = [&](int axis, int64_t first) {
@@ -727,8 +736,9 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t right =
       last_output(1, max(tile.column_end, tile.column + kPixels * p.stride[1]) - 1);
   const int64_t step = rows_at_once(tile.columns()), stride = spread(step * tile.columns());
-  if (!s.window.fill(tensors.first + (tile.image * p.channels + tile.group * channels) * plane,
-                     channels, 0, p.output, {top, bottom + 1 - top, left, right + 1 - left}) ||
+  if (!s.window.fill(channels_of(tile, p, p.output, tensors.first), channels,
+                     p.channels_last ? p.channels : 0, p.output,
+                     {top, bottom + 1 - top, left, right + 1 - left}) ||
       !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
       !s.out.reserve((step * tile.columns() + kPixels) * channels))
     return false;
@@ -768,8 +778,12 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = (row + r) * p.stride[0] + down.phase - p.padding[0];
       const A *from = s.out.data + r * count * channels;
-      T *to = out + y * p.input[1] + across.begin * p.stride[1] + across.phase - p.padding[1];
-      if (p.stride[1] == 1) transpose<A>(from, count, channels, channels, to, pixels);
+      const int64_t x = across.begin * p.stride[1] + across.phase - p.padding[1];
+      T *to = out + (y * p.input[1] + x) * (p.channels_last ? p.channels : 1);
+      if (p.channels_last)
+        for (int64_t q = 0; q < count; ++q)
+          copy<A>(from + q * channels, channels, to + q * p.stride[1] * p.channels);
+      else if (p.stride[1] == 1) transpose<A>(from, count, channels, channels, to, pixels);
       else
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t q = 0; q < count; ++q)
