@@ -204,6 +204,19 @@ def test_fuse_conv_bn_keeps_the_output():
     torch.testing.assert_close(fused(x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize(
+    'layout', [torch.contiguous_format, torch.channels_last], ids=str
+)
+def test_features_lie_in_memory_as_the_images(layout, training):
+    """Whatever the network uses within: RoIAlign reads contiguous memory alone."""
+    model = RedNet(**SLIM, out_indices=(0, 1, 2, 3)).train(training)
+    x = torch.randn(2, 3, 70, 65).contiguous(memory_format=layout)
+    for level in model(x):
+        assert level.is_contiguous(memory_format=layout)
+        assert level.shape[2] > 1  # else one layout is the other
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     state = {f'backbone.{k}': v for k, v in RedNet(**SLIM).state_dict().items()}

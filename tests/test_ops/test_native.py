@@ -92,6 +92,23 @@ def test_channels_last_gives_the_same(instruction_set, dtype):
 
 @built
 @pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
+def test_channels_last_gradients_are_the_same(instruction_set, dtype):
+    rng = random.Random(f'gradients{instruction_set}{dtype}')
+    for _ in range(40):
+        for name, arguments in list(zip(NAMES, problem(rng, dtype), strict=True))[1:]:
+            expected = run(native, name, arguments)
+            first, second, *rest = (
+                a.contiguous(memory_format=torch.channels_last)
+                if torch.is_tensor(a) and a.dim() == 4
+                else a
+                for a in arguments
+            )
+            ours = run(native, name, (first, second, *rest))
+            torch.testing.assert_close(ours, expected)
+
+
+@built
+@pytest.mark.parametrize('dtype', native.DTYPES, ids=str)
 def test_fused_forward(instruction_set, dtype):
     """Kernels generated within, against float64."""
     rng = random.Random(f'fused{instruction_set}{dtype}')
