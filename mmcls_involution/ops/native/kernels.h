@@ -152,7 +152,8 @@ template <class A, int N = kLanes<A>, class F> inline void for_vectors(int64_t c
 }
 
 // Calls f(i, Constant<block>) until `count` is covered, with the largest blocks first.
-template <int Block, int... Smaller, class F> inline void for_blocks(int64_t count, F &&f, int64_t i = 0) {
+template <int Block, int... Smaller, class F>
+inline void for_blocks(int64_t count, F &&f, int64_t i = 0) {
   for (; i + Block <= count; i += Block) f(i, Constant<Block>{});
   if constexpr (sizeof...(Smaller) > 0) for_blocks<Smaller...>(count, f, i);
 }
@@ -306,7 +307,8 @@ template <class T> struct Buffer {
   bool reserve(int64_t size) {
     if (size <= capacity) return true;
     std::free(data);
-    data = static_cast<T *>(std::aligned_alloc(64, size_t(ceil_div(size * sizeof(T), 64) + 1) * 64));
+    const int64_t lines = ceil_div(size * int64_t(sizeof(T)), 64) + 1;
+    data = static_cast<T *>(std::aligned_alloc(64, size_t(lines) * 64));
     capacity = data ? size : 0;
     return data != nullptr;
   }
@@ -505,9 +507,10 @@ void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step
       else sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
     });
   };
-  if (row_of_taps == 3 && column_step == channels) rows_of_taps(Constant<3>{}, Constant<1>{});
-  else if (row_of_taps == 7 && column_step == channels) rows_of_taps(Constant<7>{}, Constant<1>{});
-  else if (row_of_taps == 7 && column_step == 2 * channels) rows_of_taps(Constant<7>{}, Constant<2>{});
+  const int64_t step = column_step / channels;
+  if (row_of_taps == 3 && step == 1) rows_of_taps(Constant<3>{}, Constant<1>{});
+  else if (row_of_taps == 7 && step == 1) rows_of_taps(Constant<7>{}, Constant<1>{});
+  else if (row_of_taps == 7 && step == 2) rows_of_taps(Constant<7>{}, Constant<2>{});
   else
     sum_all([&](auto n, const A *from, const A *kernels, A *to) {
       sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
@@ -615,7 +618,8 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
           u * p.dilation[0] * s.window.row_length + v * p.dilation[1] * channels;
 
   for (int64_t row = tile.row; row < tile.row_end; row += step) {
-    const int64_t rows = min(step, tile.row_end - row), row_step = p.stride[0] * s.window.row_length;
+    const int64_t rows = min(step, tile.row_end - row);
+    const int64_t row_step = p.stride[0] * s.window.row_length;
     if (p.reduced)
       generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
     else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
@@ -673,7 +677,8 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   for (int64_t row = tile.row; row < tile.row_end; row += step) {
     const int64_t rows = min(step, tile.row_end - row);
     for (int64_t i = 0; i < rows; ++i) {
-      const A *source = s.planes.buffer.data + (row + i - tile.row) * p.stride[0] * s.planes.row_length;
+      const A *source = s.planes.buffer.data +
+                        (row + i - tile.row) * p.stride[0] * s.planes.row_length;
       const int64_t at = (row + i) * p.output[1] + tile.column;
       if (p.channels_last)
         transpose<A>(grad + at * p.channels, columns, channels, p.channels, s.grad.data, reach);
