@@ -44,3 +44,26 @@ def pair(value):
 def oracle(input, weight, *arguments):
     """The reference with PyTorch's own gradients, outside the custom operators."""
     return reference.forward(input, weight, *map(pair, arguments))
+
+
+def assert_error_is_at_most_twice(ours, pytorch, tensors, exact, grad):
+    """Root mean square of output and gradients in `tensors`, beside PyTorch's own.
+
+    `ours` and `pytorch` map the tensors to the output; `exact` has its and the
+    gradients' right values in float64.
+    """
+
+    def errors(function):
+        out = function(*tensors)
+        results = [out, *torch.autograd.grad(out, tensors, grad)]
+        assert all(result.dtype == grad.dtype for result in results)
+        return [
+            (result.double() - right).square().sum().div(max(right.numel(), 1)).sqrt()
+            for result, right in zip(results, exact, strict=True)
+        ]
+
+    for our, their, right in zip(errors(ours), errors(pytorch), exact, strict=True):
+        # Few elements may all be exact in PyTorch by chance: half a unit in the last
+        # place of the largest one is allowed on top.
+        size = right.abs().max() if right.numel() else 0
+        assert our <= 2 * their + torch.finfo(grad.dtype).eps * size / 2

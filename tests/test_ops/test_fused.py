@@ -5,7 +5,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import CASES, DTYPES, NOT_EMPTY, backend_name, case, oracle, pair
+from op_cases import (
+    CASES,
+    DTYPES,
+    NOT_EMPTY,
+    assert_error_is_at_most_twice,
+    backend_name,
+    case,
+    oracle,
+    pair,
+)
 from torch import nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -71,20 +80,13 @@ def test_error_is_at_most_twice_that_of_pytorch(
     grad = torch.randn(exact.shape, dtype=dtype)
     exact = [exact, *torch.autograd.grad(exact, exact_tensors, grad.double())]
 
-    def errors(function):
-        out = function(*tensors, **arguments)
-        results = [out, *torch.autograd.grad(out, tensors, grad)]
-        assert all(result.dtype == dtype for result in results)
-        return [
-            (result.double() - right).square().sum().div(max(right.numel(), 1)).sqrt()
-            for result, right in zip(results, exact, strict=True)
-        ]
-
-    pytorch = errors(two_steps)
-    ours = errors(lambda *t, **kw: fused_involution2d(*t, **kw, backend=backend))
-    for our, their, right in zip(ours, pytorch, exact, strict=True):
-        size = right.abs().max() if right.numel() else 0
-        assert our <= 2 * their + torch.finfo(dtype).eps * size / 2
+    assert_error_is_at_most_twice(
+        lambda *t: fused_involution2d(*t, **arguments, backend=backend),
+        lambda *t: two_steps(*t, **arguments),
+        tensors,
+        exact,
+        grad,
+    )
 
 
 @backend_name

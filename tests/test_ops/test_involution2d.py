@@ -4,7 +4,16 @@ import itertools
 
 import pytest
 import torch
-from op_cases import CASES, DTYPES, NOT_EMPTY, backend_name, case, oracle, pair
+from op_cases import (
+    CASES,
+    DTYPES,
+    NOT_EMPTY,
+    assert_error_is_at_most_twice,
+    backend_name,
+    case,
+    oracle,
+    pair,
+)
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -84,22 +93,13 @@ def test_error_is_at_most_twice_that_of_pytorch(
         *torch.autograd.grad(exact, (exact_input, exact_weight), grad.double()),
     ]
 
-    def errors(function):
-        out = function(input, weight, *arguments)
-        results = [out, *torch.autograd.grad(out, (input, weight), grad)]
-        assert all(result.dtype == dtype for result in results)
-        return [
-            (result.double() - right).square().sum().div(max(right.numel(), 1)).sqrt()
-            for result, right in zip(results, exact, strict=True)
-        ]
-
-    pytorch = errors(oracle)
-    ours = errors(lambda *args: involution2d(*args, backend=backend))
-    for our, their, right in zip(ours, pytorch, exact, strict=True):
-        # Few elements may all be exact in PyTorch by chance: half a unit in the last
-        # place of the largest one is allowed on top.
-        size = right.abs().max() if right.numel() else 0
-        assert our <= 2 * their + torch.finfo(dtype).eps * size / 2
+    assert_error_is_at_most_twice(
+        lambda *t: involution2d(*t, *arguments, backend=backend),
+        lambda *t: oracle(*t, *arguments),
+        (input, weight),
+        exact,
+        grad,
+    )
 
 
 @backend_name
