@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+if not torch.cuda.is_available():
+    # Triton reads it when it is imported; without a GPU its interpreter runs kernels.
+    os.environ['TRITON_INTERPRET'] = '1'
 
 COCO_CLASSES = ('square', 'bar')
 

@@ -75,6 +75,15 @@ def test_missing_pins_compares_exact_versions():
     assert setup_env.missing_pins(pins, installed) == ['numpy==2.4.6', 'six==1.17.0']
 
 
+@pytest.mark.parametrize(
+    'platform, installed, missing',
+    [('linux', {}, 1), ('linux', {'triton': '3.6.0'}, 0), ('darwin', {}, 0)],
+)
+def test_triton_of_a_cuda_torch_stays(monkeypatch, platform, installed, missing):
+    monkeypatch.setattr(setup_env.sys, 'platform', platform)
+    assert len(setup_env.missing_pins({'triton': '3.9.0'}, installed)) == missing
+
+
 def test_headless_opencv_of_the_same_version_counts():
     pins = {'opencv-python': '5.0.0.93'}
     for version, missing in (('5.0.0.93', 0), ('4.11.0', 1)):

@@ -258,6 +258,8 @@ def missing_pins(pins: dict[str, str], installed: dict[str, str]) -> list[str]:
         if name == 'opencv-python':
             # the headless build of the same version provides the same module
             have = installed.get('opencv-python-headless', have)
+        if name == 'triton' and (have or sys.platform != 'linux'):
+            continue  # a CUDA torch brings the one it needs; only Linux has any
         if have is None or have.partition('+')[0] != version:
             missing.append(f'{name}=={version}')
     return missing

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from . import native, reference, tap_sum
+from . import native, reference, tap_sum, triton
 from .geometry import memory_format, output_size
 
 BACKEND_VARIABLE = 'MMCLS_INVOLUTION_BACKEND'
@@ -49,6 +49,7 @@ def _runs_everywhere(device: str, dtype: torch.dtype) -> None:
 
 BACKENDS: dict[str, Backend] = {
     'native': Backend(native, 20, native.unusable, fused=True),
+    'triton': Backend(triton, 20, triton.unusable),
     'tap_sum': Backend(tap_sum, 10, _runs_everywhere),
     'reference': Backend(reference, None, _runs_everywhere),
 }

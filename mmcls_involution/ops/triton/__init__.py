@@ -1,0 +1,197 @@
+"""Involution by Triton kernels on NVIDIA GPUs; ``kernels.py`` says how they work.
+
+Triton comes with CUDA builds of torch; it is imported when the kernels are first used.
+Where the environment variable ``TRITON_INTERPRET`` was 1 by then, its interpreter runs
+the functions of this module on CPU tensors: for tests, it is slow.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..geometry import memory_format
+
+logger = logging.getLogger(__name__)
+
+LOWEST_TRITON = (3, 4)
+LOWEST_CAPABILITY = (8, 0)
+# Lanes are numbered by int32.
+MOST_PIXELS = 2**31 - 2**16
+
+
+@cache
+def _gpu_problem() -> str | None:
+    """Why GPUs cannot run the kernels, and a warning, or None if they can."""
+    reason = _find_problem()
+    if reason is not None:
+        logger.warning(
+            'The Triton kernels of involution are not in use (%s); GPUs run slower '
+            'ones, in plain PyTorch.',
+            reason,
+        )
+    return reason
+
+
+def _find_problem() -> str | None:
+    if torch.version.cuda is None:
+        return 'they are made for NVIDIA GPUs, and this torch is not'
+    if not torch.cuda.is_available():
+        return 'torch finds no GPU'
+    try:
+        version = importlib.import_module('triton').__version__
+    except Exception as error:  # a broken install raises whatever it likes
+        return f'triton does not import: {type(error).__name__}: {error}'
+    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON:
+        return 'triton {} is too old, needed is {}.{}'.format(version, *LOWEST_TRITON)
+    devices = range(torch.cuda.device_count())
+    oldest = min(map(torch.cuda.get_device_capability, devices))
+    if oldest < LOWEST_CAPABILITY:
+        return 'a GPU is too old, of compute capability {}.{}, '.format(
+            *oldest
+        ) + 'needed is {}.{}'.format(*LOWEST_CAPABILITY)
+    return None
+
+
+def unusable(device: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run there, or None if they can."""
+    if device == 'cuda':
+        return _gpu_problem()
+    return 'the Triton kernels run on NVIDIA GPUs alone'
+
+
+def _run(
+    name: str,
+    tensors: Sequence[Tensor],
+    layout: torch.memory_format,
+    input_shape: Sequence[int],
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> None:
+    """Launch a kernel on two inputs and an output; `layout` is that of pixels."""
+    from . import kernels
+
+    batch, channels, *size = input_shape
+    groups, out_size = weight_shape[1], weight_shape[4:]
+    if batch * max(math.prod(size), math.prod(out_size)) > MOST_PIXELS:
+        raise ValueError(
+            f'the Triton kernels of involution take at most {MOST_PIXELS} pixels, got '
+            f'{batch} images of {size[0]}x{size[1]} and {out_size[0]}x{out_size[1]} '
+            "kernels for each; split the batch or use backend 'tap_sum'"
+        )
+    if batch == 0:
+        return
+    group_channels = channels // groups
+    block = min(16, 1 << (group_channels - 1).bit_length())
+    constants = dict(
+        zip(('KH', 'KW'), weight_shape[2:4], strict=True),
+        SH=stride[0],
+        SW=stride[1],
+        DH=dilation[0],
+        DW=dilation[1],
+        GROUP_CHANNELS=group_channels,
+        CHANNELS_LAST=layout == torch.channels_last,
+        BLOCK_C=block,
+    )
+    # What lanes number, and the parts of the work that each lane is in.
+    lanes, parts = out_size, groups
+    if name != 'grad_weight':
+        parts *= -(-group_channels // block)
+    if name == 'grad_input':
+        lanes = [-(-side // step) for side, step in zip(size, stride, strict=True)]
+        parts *= math.prod(stride)
+        constants['GCD_H'], constants['GCD_W'] = map(math.gcd, stride, dilation)
+
+    def grid(meta: dict) -> tuple[int]:
+        count = batch * -(-lanes[0] // meta['ROWS']) * lanes[1]
+        return (-(-count // meta['BLOCK_P']) * parts,)
+
+    with torch.cuda.device_of(tensors[0]):
+        getattr(kernels, name)[grid](
+            *tensors,
+            *(batch, channels, *size, *out_size, *padding),
+            # Timings hold for a range of sizes: tuned once for each power of four.
+            (batch * math.prod(lanes) * parts).bit_length() // 2,
+            **constants,
+            enable_fp_fusion=True,
+        )
+
+
+def forward(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """See :func:`mmcls_involution.ops.involution2d`."""
+    layout = memory_format(input)
+    input = input.contiguous(memory_format=layout)
+    shape = (*input.shape[:2], *weight.shape[4:])
+    out = torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=layout
+    )
+    _run(
+        'forward',
+        (input, weight.contiguous(), out),
+        layout,
+        input.shape,
+        weight.shape,
+        *(stride, padding, dilation),
+    )
+    return out
+
+
+def grad_input(
+    grad: Tensor,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
+    layout = memory_format(grad)
+    grad = grad.contiguous(memory_format=layout)
+    shape = (*grad.shape[:2], *input_size)
+    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    _run(
+        'grad_input',
+        (grad, weight.contiguous(), out),
+        layout,
+        shape,
+        weight.shape,
+        *(stride, padding, dilation),
+    )
+    return out
+
+
+def grad_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
+    layout = memory_format(input)
+    grad, input = (t.contiguous(memory_format=layout) for t in (grad, input))
+    out = grad.new_empty(weight_shape)
+    _run(
+        'grad_weight',
+        (grad, input, out),
+        layout,
+        input.shape,
+        weight_shape,
+        *(stride, padding, dilation),
+    )
+    return out

@@ -1,0 +1,406 @@
+"""Triton kernels of involution: the forward pass and the two gradients.
+
+All three are bound by memory, so what counts is how often a value is read. A program
+works on one group of channels, or on BLOCK_C of them, and on BLOCK_P lanes. A lane is
+one column and ROWS consecutive rows of an image; lanes run along the columns, then
+along the blocks of rows, then along the images, so that small images fill a program as
+well as large ones. Pixels are held as tiles [BLOCK_C, BLOCK_P], one tile for each row
+of the lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
+
+* Each element of the kernels, by far the largest tensor, is read or written once, along
+  its pixels (once for each BLOCK_C channels of larger groups).
+* A tile serves all ROWS rows whose windows it is in. For 7x7 kernels at stride 1 and 4
+  rows that makes 10 rows of tiles where every row alone reads 7, 28 in all. They come
+  out of the L1 cache; of memory a program reads its own pixels and the border of their
+  windows once.
+* Sums are kept in float32 (in float64 for float64), without atomics. They run over the
+  taps in one fixed order; over the channels in one that depends on the blocks alone.
+
+Pixels are [N, C, H, W] in memory or, with CHANNELS_LAST, [N, H, W, C]. Kernels are
+[N, G, Kh*Kw, Ho*Wo], contiguous. S is the stride, D the dilation, p the padding. Sizes
+of images are run-time arguments that nothing is specialized for, so a new size compiles
+nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import triton
+import triton.language as tl
+
+logger = logging.getLogger(__name__)
+
+# With 32 lanes a thread of a warp holds a lane and all 16 channels, with 16 lanes half
+# of them. More rows share more tiles; fewer leave more programs for small images.
+CONFIGS = [
+    triton.Config(dict(ROWS=rows, BLOCK_P=lanes), num_warps=warps, num_stages=1)
+    for rows, lanes, warps in (
+        (4, 32, 1),
+        (8, 16, 1),
+        (2, 32, 1),
+        (1, 32, 1),
+        (4, 128, 4),
+    )
+]
+_announced = False
+
+
+def _candidates(configs, tensors, **constants):
+    """What the tuner times. Dilated rows share no tiles, so their lanes have one."""
+    if constants['DH'] > 1:
+        return [config for config in configs if config.kwargs['ROWS'] == 1]
+    return configs
+
+
+def _time(call, quantiles):
+    """Triton's own timing; none, so the first candidate, where it is not possible."""
+    global _announced
+    if triton.knobs.runtime.interpret or torch.cuda.is_current_stream_capturing():
+        return [0.0] * len(quantiles)
+    if not _announced:
+        _announced = True
+        logger.warning(
+            'Triton compiles and times the kernels of involution. That takes up to '
+            'some minutes when a model runs for the first time; the result is kept.'
+        )
+    return triton.testing.do_bench(call, quantiles=quantiles)
+
+
+def _kernel(function):
+    """A kernel that is tuned for what `key` names and specialized for no size."""
+    tune = triton.autotune(
+        CONFIGS,
+        key=[
+            *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
+            *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
+        ],
+        prune_configs_by=dict(early_config_prune=_candidates),
+        do_bench=_time,
+        cache_results=not triton.knobs.runtime.interpret,
+    )
+    sizes = [
+        *('batch', 'height', 'width', 'out_height', 'out_width'),
+        *('pad_height', 'pad_width', 'size_class'),
+    ]
+    return tune(triton.jit(function, do_not_specialize=sizes))
+
+
+@triton.jit
+def _lanes(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
+    """Image, first row and column of the lanes; the part of the work they are in."""
+    row_blocks = tl.cdiv(height, ROWS)
+    programs = tl.cdiv(batch * row_blocks * width, BLOCK_P)
+    lane = tl.program_id(0) % programs * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    row = lane // width
+    image = (row // row_blocks).to(tl.int64)
+    return image, row % row_blocks * ROWS, lane % width, tl.program_id(0) // programs
+
+
+@triton.jit
+def _channels(part, GROUP_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Group of a part, its channels [BLOCK_C, 1], and which are in the group at all."""
+    blocks: tl.constexpr = tl.cdiv(GROUP_CHANNELS, BLOCK_C)
+    group = part // blocks
+    in_group = part % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
+    return group, group * GROUP_CHANNELS + in_group, in_group < GROUP_CHANNELS
+
+
+@triton.jit
+def _pixels(tensor, image, channel, row, column, shape, CHANNELS_LAST: tl.constexpr):
+    """Pointers [BLOCK_C, BLOCK_P] to pixels; `shape` is channels, height, width."""
+    channels, height, width = shape
+    area = height.to(tl.int64) * width
+    pixel = row.to(tl.int64) * width + column
+    if CHANNELS_LAST:
+        pixel = (image * area + pixel) * channels
+    else:
+        pixel = image * area * channels + pixel
+        channel = channel * area
+    return tensor + (channel + pixel)
+
+
+@_kernel
+def forward(
+    input,
+    weight,
+    output,
+    batch,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_height,
+    pad_width,
+    size_class,  # for the tuner alone
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Y[c, i, j] = sum over u, v of H[u, v, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
+
+    Reads X and H, writes Y. Row t of the lanes' windows, S*r + u*D, is tap u of row r.
+    """
+    tl.static_assert(ROWS == 1 or DH == 1)
+    sum_type: tl.constexpr = (
+        tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    )
+    every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
+    image, row, column, part = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
+    group, channel, in_group = _channels(part, GROUP_CHANNELS, BLOCK_C)
+    lanes = image < batch
+
+    y = row * SH - pad_height
+    x = column * SW - pad_width
+    shape = (channels, height, width)
+    pixels = _pixels(input, image, channel, y, x, shape, CHANNELS_LAST)
+    step = channels if CHANNELS_LAST else 1
+    area = out_height.to(tl.int64) * out_width
+    groups = channels // GROUP_CHANNELS
+    kernels = weight + (image * groups + group) * (KH * KW) * area
+    kernels += row * out_width + column
+
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
+    for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
+        rows = lanes & (y + t >= 0) & (y + t < height)
+        for v in range(KW):
+            mask = rows & (x + v * DW >= 0) & (x + v * DW < width)
+            mask = mask if every else mask & in_group
+            tile = tl.load(pixels + (t * width + v * DW) * step, mask, 0).to(sum_type)
+            new = ()
+            for r in tl.static_range(ROWS):
+                total = sums[r]
+                if t >= r * SH and t - r * SH < KH * DH:
+                    tap = (t - r * SH) // DH * KW + v
+                    mask = lanes & (row + r < out_height)
+                    taps = tl.load(kernels + (tap * area + r * out_width), mask, 0)
+                    total += taps.to(sum_type) * tile
+                new += (total,)
+            sums = new
+
+    shape = (channels, out_height, out_width)
+    pixels = _pixels(output, image, channel, row, column, shape, CHANNELS_LAST)
+    for r in tl.static_range(ROWS):
+        mask = lanes & (row + r < out_height)
+        mask = mask if every else mask & in_group
+        result = sums[r].to(output.dtype.element_ty)
+        tl.store(pixels + r * out_width * step, result, mask)
+
+
+@triton.jit
+def _first_tap(
+    position, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, GCD: tl.constexpr
+):
+    """First tap u for which `position` - u*D is a multiple of S, and which multiple."""
+    first = K
+    for u in tl.static_range(S // GCD - 1, -1, -1):
+        first = tl.where((position - u * D) % S == 0, u, first)
+    return first, (position - first * D) // S
+
+
+@_kernel
+def grad_input(
+    grad,
+    weight,
+    output,
+    batch,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_height,
+    pad_width,
+    size_class,  # for the tuner alone
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GCD_H: tl.constexpr,
+    GCD_W: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dX[c, y, x] = sum over u, v of H[u, v, i, j] dY[c, i, j], i*S + u*D - p = y.
+
+    Reads dY and H, writes dX. Pixels of one phase, y % S and x % S, are read by the
+    same taps: a first one and every (S / gcd(S, D))th after it, each of them
+    D / gcd(S, D) rows of dY above the last. So the lanes are pixels of one phase, and
+    their rows lie S apart.
+    """
+    tl.static_assert(ROWS == 1 or DH == 1)
+    sum_type: tl.constexpr = (
+        tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
+    )
+    every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
+    image, row, column, part = _lanes(
+        batch, tl.cdiv(height, SH), tl.cdiv(width, SW), BLOCK_P, ROWS
+    )
+    phase_y = part % (SH * SW) // SW
+    phase_x = part % SW
+    group, channel, in_group = _channels(part // (SH * SW), GROUP_CHANNELS, BLOCK_C)
+    lanes = image < batch
+
+    first_u, i = _first_tap(phase_y + pad_height, KH, SH, DH, GCD_H)
+    first_v, j = _first_tap(phase_x + pad_width, KW, SW, DW, GCD_W)
+    i += row + ROWS - 1
+    j += column
+    shape = (channels, out_height, out_width)
+    pixels = _pixels(grad, image, channel, i, j, shape, CHANNELS_LAST)
+    step = channels if CHANNELS_LAST else 1
+    area = out_height.to(tl.int64) * out_width
+    groups = channels // GROUP_CHANNELS
+    kernels = weight + (image * groups + group) * (KH * KW) * area
+    kernels += i * out_width + j
+
+    up: tl.constexpr = DH // GCD_H
+    left: tl.constexpr = DW // GCD_W
+    taps_h: tl.constexpr = tl.cdiv(KH * GCD_H, SH)
+    taps_w: tl.constexpr = tl.cdiv(KW * GCD_W, SW)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
+    for t in tl.static_range(0, taps_h * up + ROWS - 1, up):
+        rows = lanes & (i >= t) & (i - t < out_height)
+        for k in range(taps_w):
+            v = first_v + k * (SW // GCD_W)
+            mask = tl.where(v < KW, rows, False)
+            mask = mask & (j >= k * left) & (j - k * left < out_width)
+            offset = t * out_width + k * left
+            tile_mask = mask if every else mask & in_group
+            tile = tl.load(pixels - offset * step, tile_mask, 0).to(sum_type)
+            new = ()
+            for r in tl.static_range(ROWS):
+                total = sums[r]
+                above = t - (ROWS - 1 - r)
+                if above >= 0 and above < taps_h * up:
+                    u = first_u + above // up * (SH // GCD_H)
+                    tap = (u * KW + v) * area
+                    used = tl.where(u < KH, mask, False)
+                    taps = tl.load(kernels + (tap - offset), used, 0)
+                    total += taps.to(sum_type) * tile
+                new += (total,)
+            sums = new
+
+    y = row * SH + phase_y
+    x = column * SW + phase_x
+    shape = (channels, height, width)
+    pixels = _pixels(output, image, channel, y, x, shape, CHANNELS_LAST)
+    for r in tl.static_range(ROWS):
+        mask = lanes & (x < width) & (y + r * SH < height)
+        mask = mask if every else mask & in_group
+        result = sums[r].to(output.dtype.element_ty)
+        tl.store(pixels + r * SH * width * step, result, mask)
+
+
+@_kernel
+def grad_weight(
+    grad,
+    input,
+    output,
+    batch,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_height,
+    pad_width,
+    size_class,  # for the tuner alone
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
+
+    Reads dY and X, writes dH. Rows share tiles of X as in the forward pass; tiles of dY
+    stay in registers if BLOCK_C holds the group, else they come out of the cache.
+    """
+    tl.static_assert(ROWS == 1 or DH == 1)
+    sum_type: tl.constexpr = (
+        tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
+    )
+    every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
+    blocks: tl.constexpr = tl.cdiv(GROUP_CHANNELS, BLOCK_C)
+    image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
+    in_group = tl.arange(0, BLOCK_C)[:, None]
+    channel = group * GROUP_CHANNELS + in_group
+    lanes = image < batch
+
+    y = row * SH - pad_height
+    x = column * SW - pad_width
+    shape = (channels, height, width)
+    pixels = _pixels(input, image, channel, y, x, shape, CHANNELS_LAST)
+    step = channels if CHANNELS_LAST else 1
+    next_block = BLOCK_C if CHANNELS_LAST else height.to(tl.int64) * width * BLOCK_C
+    shape = (channels, out_height, out_width)
+    grads = _pixels(grad, image, channel, row, column, shape, CHANNELS_LAST)
+    area = out_height.to(tl.int64) * out_width
+    next_grads = BLOCK_C if CHANNELS_LAST else area * BLOCK_C
+    groups = channels // GROUP_CHANNELS
+    kernels = output + (image * groups + group) * (KH * KW) * area
+    kernels += row * out_width + column
+
+    held = ()
+    for r in tl.static_range(ROWS):
+        if blocks == 1:
+            mask = lanes & (row + r < out_height)
+            mask = mask if every else mask & (in_group < GROUP_CHANNELS)
+            held += (tl.load(grads + r * out_width * step, mask, 0).to(sum_type),)
+    for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
+        rows = lanes & (y + t >= 0) & (y + t < height)
+        for v in range(KW):
+            source = rows & (x + v * DW >= 0) & (x + v * DW < width)
+            shift = (t * width + v * DW) * step
+            sums = ()
+            for _ in tl.static_range(ROWS):
+                sums += (tl.zeros((1, BLOCK_P), sum_type),)
+            for b in range(blocks):
+                in_block = in_group + b * BLOCK_C < GROUP_CHANNELS
+                mask = source if every else source & in_block
+                tile = tl.load(pixels + (shift + b * next_block), mask, 0).to(sum_type)
+                new = ()
+                for r in tl.static_range(ROWS):
+                    total = sums[r]
+                    if t >= r * SH and t - r * SH < KH * DH:
+                        if blocks == 1:
+                            g = held[r]
+                        else:
+                            mask = lanes & (row + r < out_height)
+                            mask = mask if every else mask & in_block
+                            offset = r * out_width * step + b * next_grads
+                            g = tl.load(grads + offset, mask, 0).to(sum_type)
+                        total += tl.sum(g * tile, axis=0, keep_dims=True)
+                    new += (total,)
+                sums = new
+            for r in tl.static_range(ROWS):
+                if t >= r * SH and t - r * SH < KH * DH:
+                    tap = (t - r * SH) // DH * KW + v
+                    mask = lanes & (row + r < out_height)
+                    result = sums[r].to(output.dtype.element_ty)
+                    tl.store(kernels + (tap * area + r * out_width), result, mask)

@@ -1,0 +1,385 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter is slow, so its problems are small; test_involution2d and the others run
+the operators with this backend where there is a GPU.
+"""
+
+import csv
+import importlib.util
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import CASES, case, pair
+
+from mmcls_involution.ops import involution2d, output_size, reference, tap_sum, triton
+from mmcls_involution.ops.functional import _default_backend
+
+ROOT = Path(__file__).parents[2]
+DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
+if importlib.util.find_spec('triton') is None:
+    pytest.skip('Triton is not installed', allow_module_level=True)
+on_gpu = pytest.mark.skipif(
+    triton.unusable('cuda', torch.float32) is not None, reason='needs an NVIDIA GPU'
+)
+LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
+layout = pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
+NAMES = ('forward', 'grad_input', 'grad_weight')
+
+
+def problem(shape, groups, kernel, stride, padding, dilation, dtype, layout):
+    """Arguments of the three functions, in the order of NAMES."""
+    arguments = pair(stride), pair(padding), pair(dilation)
+    size = output_size(shape[2:], kernel, *arguments)
+
+    def pixels(*shape):
+        tensor = torch.randn(shape, device=DEVICE).to(dtype)
+        return tensor.contiguous(memory_format=layout)
+
+    x, grad = pixels(*shape), pixels(*shape[:2], *size)
+    weight = torch.randn(shape[0], groups, *kernel, *size, device=DEVICE).to(dtype)
+    return (
+        (x, weight, *arguments),
+        (grad, weight, shape[2:], *arguments),
+        (grad, x, weight.shape, *arguments),
+    )
+
+
+def exact(name, arguments):
+    """The result in float64, by plain PyTorch."""
+    wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
+    return getattr(tap_sum, name)(*wide)
+
+
+def assert_close(name, arguments):
+    """Within four units in the last place of the largest value, or one rounding."""
+    ours, right = getattr(triton, name)(*arguments), exact(name, arguments)
+    assert ours.dtype == arguments[0].dtype
+    assert ours.shape == right.shape
+    if ours.numel():
+        ulps = 4 if ours.dtype in (torch.float32, torch.float64) else 0.51
+        if ours.dtype == torch.bfloat16 and DEVICE == 'cpu':
+            ulps = 1.01  # the interpreter cuts bfloat16 off where GPUs round
+        error = (ours.double() - right).abs().max() / right.abs().max().clamp(1e-30)
+        assert error <= ulps * torch.finfo(ours.dtype).eps, (name, arguments[2:])
+
+
+@pytest.fixture
+def kernels():
+    from mmcls_involution.ops.triton import kernels
+
+    return kernels
+
+
+@pytest.fixture
+def candidates(kernels, monkeypatch):
+    """The tuner's, as a list that a test may set."""
+
+    def choose(configs):
+        for name in NAMES:
+            monkeypatch.setattr(getattr(kernels, name), 'configs', configs)
+            getattr(kernels, name).cache.clear()
+
+    yield choose
+    for name in NAMES:
+        getattr(kernels, name).cache.clear()
+
+
+@layout
+@case
+def test_float64_is_exact(layout, shape, groups, kernel, stride, padding, dilation):
+    """Against the unfold reference and PyTorch's gradients of it."""
+    forward, grad_input, grad_weight = problem(
+        *(shape, groups, kernel, stride, padding, dilation), torch.float64, layout
+    )
+    x, weight, *arguments = forward
+    wanted = [t.detach().requires_grad_() for t in (x, weight)]
+    out = reference.forward(*wanted, *arguments)
+    gradients = torch.autograd.grad(out, wanted, grad_input[0])
+    for name, call, right in zip(
+        NAMES, (forward, grad_input, grad_weight), (out, *gradients), strict=True
+    ):
+        ours = getattr(triton, name)(*call)
+        torch.testing.assert_close(ours, right, rtol=1e-12, atol=1e-12)
+        if name != 'grad_weight' and ours.numel():
+            assert ours.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize('rows, lanes', [(1, 32), (2, 32), (4, 128), (8, 16)])
+@pytest.mark.parametrize('name', ['stride 2, even', 'unequal strides', 'one row'])
+def test_every_block_gives_the_same(candidates, kernels, rows, lanes, name):
+    cases = {**CASES, 'unequal strides': ((2, 6, 11, 10), 3, (3, 2), (3, 2), (2, 1), 1)}
+    blocks = dict(ROWS=rows, BLOCK_P=lanes)
+    candidates([c for c in kernels.CONFIGS if c.kwargs == blocks])
+    assert kernels.forward.configs
+    for function, arguments in zip(
+        NAMES, problem(*cases[name], torch.float64, torch.channels_last), strict=True
+    ):
+        torch.testing.assert_close(
+            getattr(triton, function)(*arguments), exact(function, arguments)
+        )
+
+
+def test_the_tests_know_every_block(kernels):
+    known = {(1, 32), (2, 32), (4, 32), (4, 128), (8, 16)}  # (4, 32) is the default
+    assert {(c.kwargs['ROWS'], c.kwargs['BLOCK_P']) for c in kernels.CONFIGS} == known
+
+
+@layout
+@pytest.mark.parametrize('channels', [1, 12, 40])
+def test_groups_that_fill_no_block(channels, layout):
+    """Fewer channels than a block, a part of one, and two and a half blocks."""
+    shape = (1, 2 * channels, 5, 6)
+    for name, arguments in zip(
+        NAMES, problem(shape, 2, (3, 3), 1, 1, 1, torch.float64, layout), strict=True
+    ):
+        assert_close(name, arguments)
+
+
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_random_problems(dtype):
+    """Fresh ones every time; a failure names its seed."""
+    seed = random.randrange(10**9)
+    rng = random.Random(seed)
+
+    def both(low, high):
+        return rng.randint(low, high), rng.randint(low, high)
+
+    done = 0
+    while done < (4 if DEVICE == 'cpu' else 60):
+        kernel, stride, padding, dilation = (
+            both(1, 4),
+            both(1, 3),
+            both(0, 4),
+            both(1, 3),
+        )
+        size = both(1, 12) if DEVICE == 'cpu' else both(1, 90)
+        if min(output_size(size, kernel, stride, padding, dilation)) < 1:
+            continue
+        groups, layout = rng.randint(1, 3), rng.choice([*LAYOUTS.values()])
+        shape = (rng.randint(1, 2), groups * rng.randint(1, 34), *size)
+        calls = problem(
+            *(shape, groups, kernel, stride, padding, dilation), dtype, layout
+        )
+        for name, arguments in zip(NAMES, calls, strict=True):
+            try:
+                assert_close(name, arguments)
+            except AssertionError as error:
+                raise AssertionError(f'seed {seed}, {shape}, {groups}') from error
+        done += 1
+
+
+def test_mixed_memory_formats():
+    """Gradients of a format of their own, and one that is expanded."""
+    forward, grad_input, grad_weight = problem(
+        *((2, 4, 6, 5), 2, (3, 3), 1, 1, 1), torch.float64, torch.channels_last
+    )
+    grad, *rest = grad_weight
+    assert_close('grad_weight', (grad.contiguous(), *rest))
+    assert_close('grad_weight', (grad[:1, :1].expand_as(grad), *rest))
+    x, weight, *arguments = forward
+    weight = weight.transpose(4, 5).contiguous().transpose(4, 5)
+    assert_close('forward', (x, weight, *arguments))
+
+
+def test_one_output_pixel_of_a_channels_last_image():
+    """Its memory is contiguous in both formats, the image's is not."""
+    calls = problem(
+        *((2, 4, 3, 3), 2, (3, 3), 1, 0, 1), torch.float64, torch.channels_last
+    )
+    for name, arguments in zip(NAMES, calls, strict=True):
+        assert_close(name, arguments)
+
+
+def test_too_many_pixels_are_refused(monkeypatch):
+    monkeypatch.setattr(triton, 'MOST_PIXELS', 40)
+    x = torch.zeros(2, 4, 5, 5, device=DEVICE)
+    weight = torch.zeros(2, 1, 1, 1, 5, 5, device=DEVICE)
+    with pytest.raises(ValueError, match='at most 40 pixels.*2 images of 5x5.*tap_sum'):
+        triton.forward(x, weight, (1, 1), (0, 0), (1, 1))
+
+
+@pytest.mark.parametrize(
+    'cuda, version, capabilities, message',
+    [
+        (None, '3.9.0', [], 'made for NVIDIA GPUs'),
+        ('13.0', '3.3.1', [(9, 0)], r'triton 3\.3\.1 is too old, needed is 3\.4'),
+        ('13.0', '3.9.0', [(9, 0), (7, 5)], r'compute capability 7\.5, needed is 8\.0'),
+        ('13.0', None, [(9, 0)], 'triton does not import.*ImportError: broken'),
+    ],
+)
+def test_falls_back_to_plain_pytorch_and_says_so_once(
+    monkeypatch, caplog, cuda, version, capabilities, message
+):
+    def import_triton(name):
+        if version is None:
+            raise ImportError('broken')
+        return type('triton', (), {'__version__': version})
+
+    monkeypatch.setattr(triton.importlib, 'import_module', import_triton)
+    monkeypatch.setattr(torch.version, 'cuda', cuda)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(capabilities))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', capabilities.__getitem__)
+    triton._gpu_problem.cache_clear()
+    try:
+        for _ in range(2):
+            assert _default_backend('cuda', torch.float32) == 'tap_sum'
+            assert triton.unusable('cuda', torch.float32)
+        assert len(caplog.records) == 1
+        assert re.search(message, caplog.text)
+    finally:
+        triton._gpu_problem.cache_clear()
+
+
+def test_cpu_tensors_are_refused():
+    x, weight = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2, 2)
+    with pytest.raises(ValueError, match="'triton' cannot run.*on NVIDIA GPUs alone"):
+        involution2d(x, weight, backend='triton')
+
+
+@pytest.mark.parametrize('architecture', ['80', '90'])
+def test_compiles_ahead(architecture, tmp_path):
+    """The default blocks at 7x7 stay in registers, but for a few address values."""
+    table = tmp_path / 'kernels.csv'
+    tool = ROOT / 'tools' / 'analysis_tools' / 'compile_kernels.py'
+    arguments = ['--architecture', architecture, '--quick', '--out', table]
+    environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
+    result = subprocess.run(
+        [sys.executable, tool, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**environment, 'TRITON_CACHE_DIR': str(tmp_path / 'cache')},
+    )
+    assert result.returncode == 0, result.stderr
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row['kernel'] for row in rows} == set(NAMES)
+    assert {row['dtype'] for row in rows} == {'fp32', 'bf16'}
+    for row in rows:
+        assert 0 < int(row['registers']) <= 255
+        assert int(row['spilled bytes']) <= 32, row
+
+
+# With a GPU ------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+@layout
+@pytest.mark.parametrize(
+    'shape, groups, kernel, stride',
+    [
+        ((4, 32, 112, 112), 2, 3, 1),
+        ((2, 64, 200, 304), 4, 7, 1),
+        ((4, 128, 57, 55), 8, 7, 2),
+        ((16, 512, 7, 7), 32, 7, 1),
+    ],
+    ids=['stem', 'stage 1', 'stride 2, odd', 'stage 4'],
+)
+def test_real_sizes(shape, groups, kernel, stride, layout, dtype):
+    calls = problem(
+        *(shape, groups, (kernel, kernel), stride, kernel // 2, 1), dtype, layout
+    )
+    for name, arguments in zip(NAMES, calls, strict=True):
+        assert_close(name, arguments)
+
+
+@on_gpu
+def test_is_the_default():
+    assert _default_backend('cuda', torch.float32) == 'triton'
+
+
+@on_gpu
+def test_new_image_sizes_compile_nothing(candidates, kernels):
+    import triton as compiler
+
+    candidates(kernels.CONFIGS[:1])
+    compiled = []
+
+    def run(height, width):
+        for name, arguments in zip(
+            NAMES,
+            problem(
+                *((2, 32, height, width), 2, (5, 5), 1, 2, 1),
+                *(torch.float32, torch.contiguous_format),
+            ),
+            strict=True,
+        ):
+            getattr(triton, name)(*arguments)
+
+    run(16, 16)
+    compiler.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
+    try:
+        for height, width in [(1, 1), (16, 17), (31, 64), (128, 96)]:
+            run(height, width)
+    finally:
+        compiler.knobs.runtime.jit_post_compile_hook = None
+    assert not compiled
+
+
+@on_gpu
+def test_same_result_every_time_on_the_gpu():
+    calls = problem(
+        *((4, 64, 56, 56), 4, (7, 7), 1, 3, 1), torch.bfloat16, torch.channels_last
+    )
+    for name, arguments in zip(NAMES, calls, strict=True):
+        function = getattr(triton, name)
+        assert torch.equal(function(*arguments), function(*arguments))
+
+
+@on_gpu
+@pytest.mark.parametrize('mode', ['compile', 'graph'])
+def test_training_step_compiled_and_captured(mode):
+    """Under autocast: outputs and gradients of the plain step, bit for bit."""
+    x = torch.randn(4, 32, 28, 28, device='cuda', requires_grad=True)
+    weight = torch.randn(4, 2, 7, 7, 28, 28, device='cuda', requires_grad=True)
+
+    def step():
+        with torch.autocast('cuda', torch.bfloat16):
+            out = involution2d(x, weight, 1, 3)
+        return out, *torch.autograd.grad(out.float().square().sum(), (x, weight))
+
+    expected = step()
+    if mode == 'compile':
+        results = torch.compile(step, fullgraph=False)()
+    else:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = step()
+        with torch.no_grad():
+            x.mul_(2)
+        graph.replay()
+        expected = step()
+    assert results[0].dtype == torch.bfloat16
+    for ours, wanted in zip(results, expected, strict=True):
+        assert torch.equal(ours, wanted)
+
+
+@on_gpu
+def test_capture_before_any_tuning(kernels):
+    """A graph that is captured first gets the first candidate instead of an error."""
+    for name in NAMES:
+        getattr(kernels, name).cache.clear()
+    x = torch.randn(1, 16, 9, 9, device='cuda')
+    weight = torch.randn(1, 1, 3, 3, 9, 9, device='cuda')
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = involution2d(x, weight, 1, 1)
+    graph.replay()
+    torch.testing.assert_close(out, involution2d(x, weight, 1, 1, backend='tap_sum'))
