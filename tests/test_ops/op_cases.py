@@ -26,14 +26,23 @@ case = pytest.mark.parametrize(
 NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
 
 
-def runnable(name):
-    reason = BACKENDS[name].unusable('cpu', torch.float32)
+def runnable(name, device):
+    reason = BACKENDS[name].unusable(device, torch.float32)
     return pytest.param(
-        name, marks=pytest.mark.skipif(bool(reason), reason=str(reason))
+        (name, device),
+        marks=pytest.mark.skipif(bool(reason), reason=str(reason)),
+        id=name if device == 'cpu' else f'{name} on {device}',
     )
 
 
-backend_name = pytest.mark.parametrize('backend', [*map(runnable, BACKENDS)])
+# The backends of a device that is not there are left out; test_triton runs theirs
+# without one. The fixture `backend` makes new tensors on the device.
+PLACES = [(name, 'cpu') for name in BACKENDS if name != 'triton']
+if torch.cuda.is_available():
+    PLACES += [(name, 'cuda') for name in BACKENDS if name != 'native']
+backend_name = pytest.mark.parametrize(
+    'backend', [runnable(*place) for place in PLACES], indirect=True
+)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
