@@ -1,13 +1,17 @@
 """The benchmarks run to their end and write what they print; figures are not judged."""
 
 import csv
+import ctypes
+import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from mmcls_involution.ops import BACKENDS
+from mmcls_involution.ops import BACKENDS, output_size, reference
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 
@@ -69,3 +73,57 @@ def test_model(tmp_path):
         ratio = float(row['RedNet ms']) / float(row['ResNet ms'])
         assert float(row['time ratio']) == pytest.approx(ratio)
         assert float(row['memory ratio']) > 0
+
+
+CUDA_AS_CPP = r"""
+#define __global__
+struct Index { int x; } blockIdx, blockDim, threadIdx, gridDim;
+#include "kernels.cu"
+extern "C" void run(void (*kernel)(const float*, const float*, float*),
+                    const float* a, const float* b, float* out) {
+  blockDim = {4}, gridDim = {3};
+  for (blockIdx.x = 0; blockIdx.x < 3; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < 4; ++threadIdx.x) kernel(a, b, out);
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
+@pytest.mark.parametrize(
+    'stride, padding, dilation', [((1, 1), (1, 2), (1, 1)), ((2, 3), (2, 1), (2, 1))]
+)
+def test_plain_cuda_kernels_are_right(tmp_path, stride, padding, dilation):
+    """Compiled as C++, where three blocks of four threads run one after the other."""
+    path = TOOLS / 'one_thread_per_output.py'
+    spec = importlib.util.spec_from_file_location('one_thread_per_output', path)
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    x = torch.randn(2, 6, 7, 9, requires_grad=True)
+    size = output_size(x.shape[2:], (3, 5), stride, padding, dilation)
+    weight = torch.randn(2, 3, 3, 5, *size, requires_grad=True)
+    arguments = stride, padding, dilation
+    (tmp_path / 'kernels.cu').write_text(plain.SOURCE)
+    (tmp_path / 'run.cpp').write_text(CUDA_AS_CPP)
+    library = tmp_path / 'kernels.so'
+    options = plain.constants(x.shape, weight.shape, *arguments)
+    subprocess.run(
+        ['g++', '-shared', '-fPIC', *options, tmp_path / 'run.cpp', '-o', library],
+        check=True,
+    )
+    library = ctypes.CDLL(str(library))
+
+    def run(name, *tensors):
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+        library.run(getattr(library, name), *pointers)
+        return tensors[-1]
+
+    expected = reference.forward(x, weight, *arguments)
+    grad = torch.randn_like(expected)
+    grads = torch.autograd.grad(expected, (x, weight), grad)
+    for name, inputs, right in (
+        ('forward', (x, weight), expected),
+        ('grad_input', (grad, weight), grads[0]),
+        ('grad_weight', (grad, x), grads[1]),
+    ):
+        ours = run(name, *inputs, torch.full_like(right, torch.nan))
+        torch.testing.assert_close(ours, right)

@@ -5,9 +5,11 @@
 Per shape: every backend, the unfold form of the paper's pseudo-code (the backend
 `reference`), the 3x3 convolution that the involution replaces, and the time that
 reading input and kernels and writing the output takes at the machine's measured copy
-bandwidth. Then the same involution with the 1x1 convolution that spans its kernels: in
-two steps, and fused. All of them take turns in one process, so the ratios hold where
-absolute times drift.
+bandwidth; the backward pass moves twice as much. On a GPU with CuPy also plain CUDA
+kernels as the official ones are, with a thread for each output, always in float32. Then
+the same involution with the 1x1 convolution that spans its kernels: in two steps, and
+fused. All of them take turns in one process, so the ratios hold where absolute times
+drift.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import one_thread_per_output
 import torch
 import torch.nn.functional as F
 from benchmark_utils import (
@@ -59,12 +62,18 @@ def parse_args() -> argparse.Namespace:
         '--backend', nargs='+', choices=BACKENDS, help='default: all that can run'
     )
     parser.add_argument('--forward-only', action='store_true')
-    parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
+    parser.add_argument(
+        '--channels-last', action='store_true', help='memory format of the pixels'
+    )
+    parser.add_argument('--rounds', type=int, help='default: 7 on a CPU, 50 on a GPU')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark_op.csv'))
     parser.add_argument(
         '--dry-run', action='store_true', help='list shapes and backends, and stop'
     )
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.rounds is None:
+        args.rounds = 7 if args.device == 'cpu' else 50
+    return args
 
 
 def involution_shapes(depth: int, batch: int, height: int, width: int) -> list[Shape]:
@@ -99,21 +108,33 @@ def measure(
 ) -> dict[str, Figures]:
     """Figures of candidates: functions, and the tensors that they differentiate."""
 
+    grads = {t.dtype: grad.to(t.dtype) for _, (t, *_) in candidates.values()}
+
     def backward(out: Tensor, tensors: list[Tensor]) -> Callable:
-        return lambda: torch.autograd.grad(out, tensors, grad, retain_graph=True)
+        g = grads[out.dtype]
+        return lambda: torch.autograd.grad(out, tensors, g, retain_graph=True)
 
     def step(forward: Callable[[], Tensor], tensors: list[Tensor]) -> Callable:
-        return lambda: torch.autograd.grad(forward(), tensors, grad)
+        g = grads[tensors[0].dtype]
+        return lambda: torch.autograd.grad(forward(), tensors, g)
 
-    timing = args.device, args.rounds
+    def time_all(functions: dict[str, Callable], what: str) -> dict[str, float]:
+        return time_in_turns(
+            functions,
+            args.device,
+            args.rounds,
+            f'{label} {what}',
+            kernels_alone=True,
+        )
+
     with torch.no_grad():
         functions = {name: forward for name, (forward, _) in candidates.items()}
-        seconds = time_in_turns(functions, *timing, f'{label} forward')
+        seconds = time_all(functions, 'forward')
     results = {name: dict(forward=value) for name, value in seconds.items()}
     if args.forward_only:
         return results
     graphs = {name: backward(f(), tensors) for name, (f, tensors) in candidates.items()}
-    for name, value in time_in_turns(graphs, *timing, f'{label} backward').items():
+    for name, value in time_all(graphs, 'backward').items():
         results[name]['backward'] = value
     del graphs
     for name, candidate in candidates.items():
@@ -128,9 +149,10 @@ def random_tensors(
     stride, kernel = shape['stride'], shape['kernel']
 
     def make(*size: int) -> Tensor:
-        return torch.randn(
-            size, dtype=DTYPES[args.dtype], device=args.device, requires_grad=True
-        )
+        tensor = torch.randn(size, dtype=DTYPES[args.dtype], device=args.device)
+        if args.channels_last and len(size) == 4:
+            tensor = tensor.contiguous(memory_format=torch.channels_last)
+        return tensor.requires_grad_()
 
     batch, channels = shape['batch'], shape['channels']
     size = shape['height'], shape['width']
@@ -156,6 +178,12 @@ def measure_involution(
         lambda: F.conv2d(x, filters, None, shape['stride'], 1),
         [x, filters],
     )
+    if one_thread_per_output.unusable(args.device) is None:
+        plain = [t.detach().float().contiguous().requires_grad_() for t in (x, weight)]
+        candidates['one thread'] = (
+            lambda: one_thread_per_output.involution(*plain, **arguments),
+            plain,
+        )
     figures = measure(candidates, grad, args, label)
     return figures, x.nbytes + weight.nbytes + grad.nbytes
 
@@ -228,6 +256,8 @@ def main() -> None:
         console.print(f'backend {name}: {reason or "usable"} (priority: {priority})')
         if reason is None:
             backends.append(name)
+    reason = one_thread_per_output.unusable(args.device)
+    console.print(f'plain CUDA kernels: {reason or "usable"}')
     shapes = {
         image: involution_shapes(args.depth, *map(int, image.split('x')))
         for image in args.image
@@ -259,6 +289,9 @@ def main() -> None:
                     'x floor': plain[backends[0]]['forward'] / floor,
                 }
             )
+            if not args.forward_only:
+                backward = plain[backends[0]]['backward']
+                tables[0][-1]['backward x floor'] = backward / (2 * floor)
             tables[1].append(table_row(shape, spanned, 'forward', 'backward'))
             both = {**plain, **spanned}
             tables[2].append(table_row(shape, both, 'memory'))
@@ -268,6 +301,7 @@ def main() -> None:
                         image=image,
                         **shape,
                         dtype=args.dtype,
+                        channels_last=args.channels_last,
                         candidate=name,
                         forward_ms=figures['forward'] * 1e3,
                         backward_ms=figures.get('backward', float('nan')) * 1e3,
@@ -282,7 +316,8 @@ def main() -> None:
             print_table(f'{image}, {args.dtype}: MB that both take', tables[2])
         summary += [
             {'image': image, **speedups(plain_results, backends[0], other)}
-            for other in (*backends[1:], 'conv3x3')
+            for other in plain_results[0]
+            if other != backends[0]
         ]
         summary.append(
             {'image': image, **speedups(spanned_results, 'fused', 'two steps')}

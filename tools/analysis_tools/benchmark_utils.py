@@ -32,18 +32,33 @@ def time_in_turns(
     device: str,
     rounds: int,
     description: str,
+    kernels_alone: bool = False,
 ) -> dict[str, float]:
     """Median time of each function in seconds.
 
     The functions run in turns, round by round, so that a machine whose speed drifts
-    slows all of them alike; the first round is a warm-up and does not count.
+    slows all of them alike; the first round is a warm-up and does not count. A GPU is
+    timed by its own events, and its caches are overwritten before each run.
 
     Args:
         functions (dict[str, Callable]): What to time, by name.
         device (str): Where they run.
         rounds (int): Number of counted rounds.
         description (str): Of the progress bar.
+        kernels_alone (bool): Leave the GPU so far behind that it never waits for
+            Python to launch a kernel. Defaults to False.
     """
+
+    def stopwatch(function: Callable[[], object]) -> float:
+        return _time_on_clock(function, device)
+
+    if torch.device(device).type == 'cuda':
+        # Larger than any cache, and cleared like a kernel of the function's own.
+        junk = torch.empty(2**28, dtype=torch.int8, device=device)
+
+        def stopwatch(function: Callable[[], object]) -> float:
+            return _time_on_gpu(function, junk, kernels_alone)
+
     times: dict[str, list[float]] = {name: [] for name in functions}
     rounds_shown = track(
         range(rounds + 1),
@@ -54,13 +69,33 @@ def time_in_turns(
     )
     for turn in rounds_shown:
         for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
+            seconds = stopwatch(function)
             if turn:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _time_on_clock(function: Callable[[], object], device: str) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def _time_on_gpu(
+    function: Callable[[], object], junk: torch.Tensor, kernels_alone: bool
+) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    junk.zero_()
+    if kernels_alone:
+        torch.cuda._sleep(5_000_000)  # clock cycles, some milliseconds
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def peak_memory(function: Callable[[], object], device: str) -> int:
