@@ -20,6 +20,8 @@ from pathlib import Path
 from benchmark_utils import console, print_table, write_csv
 from rich.progress import track
 
+from mmcls_involution.ops.triton import block_channels
+
 NAMES = ('forward', 'grad_input', 'grad_weight')
 DTYPES = ('fp32', 'fp16', 'bf16')
 # Kernel size and stride: of the stem, of the blocks, of the first block of a stage.
@@ -36,6 +38,9 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=[80, 90],
         help='compute capability times ten (default: %(default)s)',
+    )
+    parser.add_argument(
+        '--group-channels', type=int, default=16, help="default: %(default)s, RedNet's"
     )
     parser.add_argument(
         '--quick',
@@ -120,7 +125,9 @@ def main() -> None:
             **dict.fromkeys(('KH', 'KW'), size),
             **dict.fromkeys(('SH', 'SW'), stride),
             **dict.fromkeys(('DH', 'DW', 'GCD_H', 'GCD_W'), 1),
-            **dict(GROUP_CHANNELS=16, BLOCK_C=16, CHANNELS_LAST=channels_last),
+            GROUP_CHANNELS=args.group_channels,
+            BLOCK_C=block_channels(args.group_channels),
+            CHANNELS_LAST=channels_last,
         )
         rows.append(
             {

@@ -66,6 +66,11 @@ def unusable(device: str, dtype: torch.dtype) -> str | None:
     return 'the Triton kernels run on NVIDIA GPUs alone'
 
 
+def block_channels(group_channels: int) -> int:
+    """Channels that a program works on at once, a power of two."""
+    return min(16, 1 << (group_channels - 1).bit_length())
+
+
 def _run(
     name: str,
     tensors: Sequence[Tensor],
@@ -90,7 +95,7 @@ def _run(
     if batch == 0:
         return
     group_channels = channels // groups
-    block = min(16, 1 << (group_channels - 1).bit_length())
+    block = block_channels(group_channels)
     constants = dict(
         zip(('KH', 'KW'), weight_shape[2:4], strict=True),
         SH=stride[0],

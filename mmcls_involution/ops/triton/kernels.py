@@ -65,7 +65,7 @@ def _time(call, quantiles):
             'Triton compiles and times the kernels of involution. That takes up to '
             'some minutes when a model runs for the first time; the result is kept.'
         )
-    return triton.testing.do_bench(call, quantiles=quantiles)
+    return triton.testing.do_bench(call, warmup=5, rep=30, quantiles=quantiles)
 
 
 def _kernel(function):
@@ -101,7 +101,7 @@ def _lanes(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
 @triton.jit
 def _channels(part, GROUP_CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
     """Group of a part, its channels [BLOCK_C, 1], and which are in the group at all."""
-    blocks: tl.constexpr = tl.cdiv(GROUP_CHANNELS, BLOCK_C)
+    blocks: tl.constexpr = (GROUP_CHANNELS + BLOCK_C - 1) // BLOCK_C
     group = part // blocks
     in_group = part % blocks * BLOCK_C + tl.arange(0, BLOCK_C)[:, None]
     return group, group * GROUP_CHANNELS + in_group, in_group < GROUP_CHANNELS
@@ -176,16 +176,16 @@ def forward(
     for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
         rows = lanes & (y + t >= 0) & (y + t < height)
         for v in range(KW):
-            mask = rows & (x + v * DW >= 0) & (x + v * DW < width)
-            mask = mask if every else mask & in_group
-            tile = tl.load(pixels + (t * width + v * DW) * step, mask, 0).to(sum_type)
+            inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+            inside = inside if every else inside & in_group
+            tile = tl.load(pixels + (t * width + v * DW) * step, inside, 0).to(sum_type)
             new = ()
             for r in tl.static_range(ROWS):
                 total = sums[r]
                 if t >= r * SH and t - r * SH < KH * DH:
                     tap = (t - r * SH) // DH * KW + v
-                    mask = lanes & (row + r < out_height)
-                    taps = tl.load(kernels + (tap * area + r * out_width), mask, 0)
+                    real = lanes & (row + r < out_height)
+                    taps = tl.load(kernels + (tap * area + r * out_width), real, 0)
                     total += taps.to(sum_type) * tile
                 new += (total,)
             sums = new
@@ -193,10 +193,10 @@ def forward(
     shape = (channels, out_height, out_width)
     pixels = _pixels(output, image, channel, row, column, shape, CHANNELS_LAST)
     for r in tl.static_range(ROWS):
-        mask = lanes & (row + r < out_height)
-        mask = mask if every else mask & in_group
+        real = lanes & (row + r < out_height)
+        real = real if every else real & in_group
         result = sums[r].to(output.dtype.element_ty)
-        tl.store(pixels + r * out_width * step, result, mask)
+        tl.store(pixels + r * out_width * step, result, real)
 
 
 @triton.jit
@@ -272,8 +272,8 @@ def grad_input(
 
     up: tl.constexpr = DH // GCD_H
     left: tl.constexpr = DW // GCD_W
-    taps_h: tl.constexpr = tl.cdiv(KH * GCD_H, SH)
-    taps_w: tl.constexpr = tl.cdiv(KW * GCD_W, SW)
+    taps_h: tl.constexpr = (KH * GCD_H + SH - 1) // SH
+    taps_w: tl.constexpr = (KW * GCD_W + SW - 1) // SW
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
@@ -281,11 +281,11 @@ def grad_input(
         rows = lanes & (i >= t) & (i - t < out_height)
         for k in range(taps_w):
             v = first_v + k * (SW // GCD_W)
-            mask = tl.where(v < KW, rows, False)
-            mask = mask & (j >= k * left) & (j - k * left < out_width)
+            inside = tl.where(v < KW, rows, False)
+            inside = inside & (j >= k * left) & (j - k * left < out_width)
             offset = t * out_width + k * left
-            tile_mask = mask if every else mask & in_group
-            tile = tl.load(pixels - offset * step, tile_mask, 0).to(sum_type)
+            loaded = inside if every else inside & in_group
+            tile = tl.load(pixels - offset * step, loaded, 0).to(sum_type)
             new = ()
             for r in tl.static_range(ROWS):
                 total = sums[r]
@@ -293,7 +293,7 @@ def grad_input(
                 if above >= 0 and above < taps_h * up:
                     u = first_u + above // up * (SH // GCD_H)
                     tap = (u * KW + v) * area
-                    used = tl.where(u < KH, mask, False)
+                    used = tl.where(u < KH, inside, False)
                     taps = tl.load(kernels + (tap - offset), used, 0)
                     total += taps.to(sum_type) * tile
                 new += (total,)
@@ -304,10 +304,10 @@ def grad_input(
     shape = (channels, height, width)
     pixels = _pixels(output, image, channel, y, x, shape, CHANNELS_LAST)
     for r in tl.static_range(ROWS):
-        mask = lanes & (x < width) & (y + r * SH < height)
-        mask = mask if every else mask & in_group
+        real = lanes & (x < width) & (y + r * SH < height)
+        real = real if every else real & in_group
         result = sums[r].to(output.dtype.element_ty)
-        tl.store(pixels + r * SH * width * step, result, mask)
+        tl.store(pixels + r * SH * width * step, result, real)
 
 
 @_kernel
@@ -346,7 +346,7 @@ def grad_weight(
         tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     )
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
-    blocks: tl.constexpr = tl.cdiv(GROUP_CHANNELS, BLOCK_C)
+    blocks: tl.constexpr = (GROUP_CHANNELS + BLOCK_C - 1) // BLOCK_C
     image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
     in_group = tl.arange(0, BLOCK_C)[:, None]
     channel = group * GROUP_CHANNELS + in_group
@@ -369,21 +369,22 @@ def grad_weight(
     held = ()
     for r in tl.static_range(ROWS):
         if blocks == 1:
-            mask = lanes & (row + r < out_height)
-            mask = mask if every else mask & (in_group < GROUP_CHANNELS)
-            held += (tl.load(grads + r * out_width * step, mask, 0).to(sum_type),)
+            real = lanes & (row + r < out_height)
+            real = real if every else real & (in_group < GROUP_CHANNELS)
+            held += (tl.load(grads + r * out_width * step, real, 0).to(sum_type),)
     for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
         rows = lanes & (y + t >= 0) & (y + t < height)
         for v in range(KW):
-            source = rows & (x + v * DW >= 0) & (x + v * DW < width)
+            inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
             shift = (t * width + v * DW) * step
             sums = ()
             for _ in tl.static_range(ROWS):
                 sums += (tl.zeros((1, BLOCK_P), sum_type),)
             for b in range(blocks):
                 in_block = in_group + b * BLOCK_C < GROUP_CHANNELS
-                mask = source if every else source & in_block
-                tile = tl.load(pixels + (shift + b * next_block), mask, 0).to(sum_type)
+                loaded = inside if every else inside & in_block
+                tile = tl.load(pixels + (shift + b * next_block), loaded, 0)
+                tile = tile.to(sum_type)
                 new = ()
                 for r in tl.static_range(ROWS):
                     total = sums[r]
@@ -391,16 +392,16 @@ def grad_weight(
                         if blocks == 1:
                             g = held[r]
                         else:
-                            mask = lanes & (row + r < out_height)
-                            mask = mask if every else mask & in_block
+                            wanted = lanes & (row + r < out_height)
+                            wanted = wanted if every else wanted & in_block
                             offset = r * out_width * step + b * next_grads
-                            g = tl.load(grads + offset, mask, 0).to(sum_type)
+                            g = tl.load(grads + offset, wanted, 0).to(sum_type)
                         total += tl.sum(g * tile, axis=0, keep_dims=True)
                     new += (total,)
                 sums = new
             for r in tl.static_range(ROWS):
                 if t >= r * SH and t - r * SH < KH * DH:
                     tap = (t - r * SH) // DH * KW + v
-                    mask = lanes & (row + r < out_height)
+                    stored = lanes & (row + r < out_height)
                     result = sums[r].to(output.dtype.element_ty)
-                    tl.store(kernels + (tap * area + r * out_width), result, mask)
+                    tl.store(kernels + (tap * area + r * out_width), result, stored)
