@@ -42,6 +42,8 @@ BUILD_MMCV = (
 )
 # In the folder of this package's sources.
 REINSTALL = f'{PIP} install --force-reinstall --no-deps .'
+# Builds for CUDA bring the Triton they need.
+TORCH_28 = f"{PIP} install 'torch>=2.8'"
 MEND = 'make setup  # or mend what the message names'
 # The toolboxes: distribution -> module.
 TOOLBOXES = {'mmdet': 'mmdet', 'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
@@ -115,7 +117,13 @@ def check_ops() -> Row:
     reason = BACKENDS['native'].unusable('cpu', torch.float32)
     if reason is not None:
         return Row(WARN, 'involution', f'slow on the CPU: {reason}', REINSTALL)
-    return Row(OK, 'involution', 'mmcls_involution.ops computes, by the C++ kernels')
+    detail = 'mmcls_involution.ops computes, by the C++ kernels'
+    if torch.cuda.is_available():
+        reason = BACKENDS['triton'].unusable('cuda', torch.float32)
+        if reason is not None:
+            return Row(WARN, 'involution', f'slow on the GPU: {reason}', TORCH_28)
+        detail += ', on GPUs by Triton kernels'
+    return Row(OK, 'involution', detail)
 
 
 def check_version(distribution: str) -> Row:
