@@ -53,9 +53,8 @@ def _find_problem() -> str | None:
     devices = range(torch.cuda.device_count())
     oldest = min(map(torch.cuda.get_device_capability, devices))
     if oldest < LOWEST_CAPABILITY:
-        return 'a GPU is too old, of compute capability {}.{}, '.format(
-            *oldest
-        ) + 'needed is {}.{}'.format(*LOWEST_CAPABILITY)
+        have, need = ('{}.{}'.format(*v) for v in (oldest, LOWEST_CAPABILITY))
+        return f'a GPU is too old, of compute capability {have}, needed is {need}'
     return None
 
 
