@@ -1,4 +1,4 @@
-"""The fixture behind the backends of op_cases.py."""
+"""The fixture behind the backends of op_cases.py; kernels compiled once for tests."""
 
 import pytest
 import torch
@@ -8,5 +8,21 @@ import torch
 def backend(request):
     """Name of a backend; tensors are made on its device unless told otherwise."""
     name, device = request.param
-    with torch.device(device):
+    with torch.device(device), torch.backends.cudnn.flags(deterministic=True):
         yield name
+
+
+@pytest.fixture(autouse=True)
+def one_candidate(monkeypatch):
+    """The tuner gets one, on a GPU: each would be compiled for every test's sizes."""
+    if not torch.cuda.is_available():
+        return
+    from mmcls_involution.ops.triton import fused_kernels, kernels
+
+    def first(*arguments, **constants):
+        return kernels._candidates(*arguments, **constants)[:1]
+
+    tuners = (kernels.forward, kernels.grad_input, kernels.grad_weight)
+    for tuner in (*tuners, fused_kernels.fused_forward):
+        monkeypatch.setattr(tuner, 'early_config_prune', first)
+        monkeypatch.setattr(tuner, 'cache_results', False)

@@ -16,7 +16,8 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
 $PYTHON -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"'
-$PYTHON -m pytest -q tests/test_ops 2>&1 | tee "$OUT/tests.txt"
+failed=0
+$PYTHON -m pytest -q tests/test_ops 2>&1 | tee "$OUT/tests.txt" || failed=1
 for dtype in fp32 bf16; do
   for layout in "" --channels-last; do
     name=op_$dtype${layout:+_channels_last}
@@ -27,3 +28,5 @@ done
 $PYTHON $TOOLS/benchmark_model.py --device cuda --amp --rounds 20 \
   --shape $NETWORKS --out "$OUT/model_amp.csv" 2>&1 | tee "$OUT/model_amp.txt"
 echo "Written: $OUT"
+[ $failed = 0 ] || echo "The tests failed: see $OUT/tests.txt"
+exit $failed

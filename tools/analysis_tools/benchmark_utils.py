@@ -53,7 +53,7 @@ def time_in_turns(
         return _time_on_clock(function, device)
 
     if torch.device(device).type == 'cuda':
-        # Larger than any cache, and cleared like a kernel of the function's own.
+        # Larger than any cache.
         junk = torch.empty(2**28, dtype=torch.int8, device=device)
 
         def stopwatch(function: Callable[[], object]) -> float:
@@ -89,8 +89,9 @@ def _time_on_gpu(
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     junk.zero_()
+    junk.view(torch.float32).sum()  # and nothing is left to be written back
     if kernels_alone:
-        torch.cuda._sleep(5_000_000)  # clock cycles, some milliseconds
+        torch.cuda._sleep(20_000_000)  # clock cycles, some ten milliseconds
     start.record()
     function()
     end.record()

@@ -20,12 +20,13 @@ from pathlib import Path
 from benchmark_utils import console, print_table, write_csv
 from rich.progress import track
 
-from mmcls_involution.ops.triton import block_channels
+from mmcls_involution.ops.triton import block_channels, span_blocks
 
-NAMES = ('forward', 'grad_input', 'grad_weight')
+NAMES = ('forward', 'grad_input', 'grad_weight', 'fused_forward')
 DTYPES = ('fp32', 'fp16', 'bf16')
 # Kernel size and stride: of the stem, of the blocks, of the first block of a stage.
 INVOLUTIONS = ((3, 1), (7, 1), (7, 2))
+REDUCED = 32  # channels that the fused kernel spans kernels from, as in stage 2
 
 
 def parse_args() -> argparse.Namespace:
@@ -63,14 +64,14 @@ def compile_kernel(
 
     function = kernel.fn
     constants = {**constants, **config.kwargs}
-    pointers = ('input', 'weight', 'grad', 'output')
+    pointers = ('input', 'reduced', 'weight', 'bias', 'grad', 'output')
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = 'constexpr'
         else:
             signature[name] = f'*{dtype}' if name in pointers else 'i32'
-        if name in pointers or name == 'channels':
+        if name in (*pointers, 'channels', 'reduced_channels'):
             aligned[(i,)] = [['tt.divisibility', 16]]
     constants = {name: constants[name] for name in signature if name in constants}
     log = io.StringIO()
@@ -104,18 +105,31 @@ def main() -> None:
     # The report is the assembler's; a kernel from the cache has none.
     os.environ.update(TRITON_DUMP_PTXAS_LOG='1', TRITON_ALWAYS_COMPILE='1')
     try:
-        from mmcls_involution.ops.triton import kernels
+        from mmcls_involution.ops.triton import fused_kernels, kernels
     except ImportError as error:
         raise SystemExit(f'needs Triton ({error}): pip install triton') from None
-    dtypes, involutions, configs = DTYPES, INVOLUTIONS, kernels.CONFIGS
+
+    def kernel(name: str) -> object:
+        return getattr(fused_kernels if name == 'fused_forward' else kernels, name)
+
+    def configs(name: str, channels_last: bool) -> list:
+        if name == 'fused_forward' and not channels_last:
+            return []  # it converts its pixels
+        return kernel(name).configs[: 1 if args.quick else None]
+
+    dtypes, involutions = DTYPES, INVOLUTIONS
     if args.quick:
-        dtypes, involutions, configs = ('fp32', 'bf16'), ((7, 1),), configs[:1]
-    problems = itertools.product(
-        args.architecture, NAMES, dtypes, (False, True), involutions, configs
-    )
+        dtypes, involutions = ('fp32', 'bf16'), ((7, 1),)
+    problems = [
+        (*problem, config)
+        for problem in itertools.product(
+            args.architecture, NAMES, dtypes, (False, True), involutions
+        )
+        for config in configs(problem[1], problem[3])
+    ]
     rows = []
     for architecture, name, dtype, channels_last, (size, stride), config in track(
-        list(problems),
+        problems,
         'compiling',
         console=console,
         transient=True,
@@ -125,6 +139,7 @@ def main() -> None:
             **dict.fromkeys(('KH', 'KW'), size),
             **dict.fromkeys(('SH', 'SW'), stride),
             **dict.fromkeys(('DH', 'DW', 'GCD_H', 'GCD_W'), 1),
+            **span_blocks((size, size), REDUCED),
             GROUP_CHANNELS=args.group_channels,
             BLOCK_C=block_channels(args.group_channels),
             CHANNELS_LAST=channels_last,
@@ -138,9 +153,7 @@ def main() -> None:
                 'involution': f'K{size} s{stride}',
                 'blocks': '{ROWS} x {BLOCK_P}'.format(**config.kwargs),
                 'warps': config.num_warps,
-                **compile_kernel(
-                    getattr(kernels, name), constants, dtype, config, architecture
-                ),
+                **compile_kernel(kernel(name), constants, dtype, config, architecture),
             }
         )
     print_table('Triton kernels, compiled ahead of time', rows)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import memory_format
@@ -24,6 +25,8 @@ LOWEST_TRITON = (3, 4)
 LOWEST_CAPABILITY = (8, 0)
 # Lanes are numbered by int32.
 MOST_PIXELS = 2**31 - 2**16
+# Of a fused kernel: a thread holds that many values for each row of a lane.
+MOST_TAPS = 64
 
 
 @cache
@@ -79,9 +82,10 @@ def _run(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
+    reduced: int | None = None,
 ) -> None:
-    """Launch a kernel on two inputs and an output; `layout` is that of pixels."""
-    from . import kernels
+    """Launch a kernel on its inputs and its output; `layout` is that of pixels."""
+    from . import fused_kernels, kernels
 
     batch, channels, *size = input_shape
     groups, out_size = weight_shape[1], weight_shape[4:]
@@ -113,20 +117,34 @@ def _run(
         lanes = [-(-side // step) for side, step in zip(size, stride, strict=True)]
         parts *= math.prod(stride)
         constants['GCD_H'], constants['GCD_W'] = map(math.gcd, stride, dilation)
+    counts = [batch, channels]
+    module = kernels
+    if reduced is not None:
+        module = fused_kernels
+        counts.append(reduced)
+        constants.update(span_blocks(weight_shape[2:4], reduced))
 
     def grid(meta: dict) -> tuple[int]:
         count = batch * -(-lanes[0] // meta['ROWS']) * lanes[1]
         return (-(-count // meta['BLOCK_P']) * parts,)
 
     with torch.cuda.device_of(tensors[0]):
-        getattr(kernels, name)[grid](
+        getattr(module, name)[grid](
             *tensors,
-            *(batch, channels, *size, *out_size, *padding),
+            *(*counts, *size, *out_size, *padding),
             # Timings hold for a range of sizes: tuned once for each power of four.
             (batch * math.prod(lanes) * parts).bit_length() // 2,
             **constants,
             enable_fp_fusion=True,
         )
+
+
+def span_blocks(kernel_size: Sequence[int], reduced: int) -> dict[str, int]:
+    """Blocks of the product that spans kernels: powers of two, at least 16."""
+    return dict(
+        BITS=max(4, (math.prod(kernel_size) - 1).bit_length()),
+        BLOCK_R=min(64, max(16, 1 << (reduced - 1).bit_length())),
+    )
 
 
 def forward(
@@ -150,6 +168,50 @@ def forward(
         input.shape,
         weight.shape,
         *(stride, padding, dilation),
+    )
+    return out
+
+
+def fused_forward(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """See :func:`mmcls_involution.ops.fused_involution2d`.
+
+    In two steps for float64 and for kernels of more than 64 taps, which registers do
+    not hold.
+    """
+    size, taps = reduced.shape[2:], math.prod(kernel_size)
+    shape = (len(input), len(weight) // taps, *kernel_size, *size)
+    if input.dtype == torch.float64 or taps > MOST_TAPS:
+        with torch.autocast(input.device.type, enabled=False):
+            kernels = F.conv2d(reduced, weight, bias).view(shape)
+        return forward(input, kernels, stride, padding, dilation)
+    # Vectors of channels are what leaves registers for a lane's kernel.
+    layout = torch.channels_last
+    input, reduced = (t.contiguous(memory_format=layout) for t in (input, reduced))
+    if bias is None:
+        bias = weight.new_zeros(len(weight))
+    out = torch.empty(
+        (*input.shape[:2], *size),
+        dtype=input.dtype,
+        device=input.device,
+        memory_format=layout,
+    )
+    _run(
+        'fused_forward',
+        (input, reduced, weight.contiguous(), bias.contiguous(), out),
+        layout,
+        input.shape,
+        shape,
+        *(stride, padding, dilation),
+        reduced=reduced.shape[1],
     )
     return out
 

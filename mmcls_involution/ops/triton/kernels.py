@@ -65,26 +65,62 @@ def _time(call, quantiles):
             'Triton compiles and times the kernels of involution. That takes up to '
             'some minutes when a model runs for the first time; the result is kept.'
         )
-    return triton.testing.do_bench(call, warmup=5, rep=30, quantiles=quantiles)
+    try:
+        return triton.testing.do_bench(call, warmup=5, rep=30, quantiles=quantiles)
+    except torch.OutOfMemoryError:  # of the buffer that clears the caches
+        return [float('inf')] * len(quantiles)
 
 
-def _kernel(function):
-    """A kernel that is tuned for what `key` names and specialized for no size."""
-    tune = triton.autotune(
-        CONFIGS,
-        key=[
-            *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
-            *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
-        ],
-        prune_configs_by=dict(early_config_prune=_candidates),
-        do_bench=_time,
-        cache_results=not triton.knobs.runtime.interpret,
-    )
+class _Tuner(triton.runtime.Autotuner):
+    """Keeps nothing of what it could not time while a CUDA graph was captured.
+
+    The first kernels of a process can be loaded during a capture by drivers for CUDA
+    12.3 and newer; others want one call before it, as torch's own kernels do.
+    """
+
+    def run(self, *args, **kwargs):
+        if triton.knobs.runtime.interpret or not (
+            torch.cuda.is_current_stream_capturing()
+        ):
+            return super().run(*args, **kwargs)
+        known = dict(self.cache)
+        try:
+            return super().run(*args, **kwargs)
+        finally:
+            self.cache = known
+
+    def check_disk_cache(self, tuning_key, configs, bench_fn):
+        if torch.cuda.is_current_stream_capturing():
+            bench_fn()
+            return False
+        return super().check_disk_cache(tuning_key, configs, bench_fn)
+
+
+def tuned(configs):
+    """Makes kernels that are tuned for what `key` names, specialized for no size."""
     sizes = [
         *('batch', 'height', 'width', 'out_height', 'out_width'),
         *('pad_height', 'pad_width', 'size_class'),
     ]
-    return tune(triton.jit(function, do_not_specialize=sizes))
+
+    def decorate(function):
+        kernel = triton.jit(function, do_not_specialize=sizes)
+        return _Tuner(
+            kernel,
+            kernel.arg_names,
+            configs,
+            key=[
+                *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
+                *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
+            ],
+            reset_to_zero=None,
+            restore_value=None,
+            prune_configs_by=dict(early_config_prune=_candidates),
+            do_bench=_time,
+            cache_results=not triton.knobs.runtime.interpret,
+        )
+
+    return decorate
 
 
 @triton.jit
@@ -117,11 +153,14 @@ def _pixels(tensor, image, channel, row, column, shape, CHANNELS_LAST: tl.conste
         pixel = (image * area + pixel) * channels
     else:
         pixel = image * area * channels + pixel
+        # Not true at the ends of rows, but never taken for aligned, as sizes are not
+        # specialized: it makes warps run along pixels, and no vectors.
+        pixel = tl.max_contiguous(pixel, (1, pixel.shape[1]))
         channel = channel * area
     return tensor + (channel + pixel)
 
 
-@_kernel
+@tuned(CONFIGS)
 def forward(
     input,
     weight,
@@ -210,7 +249,7 @@ def _first_tap(
     return first, (position - first * D) // S
 
 
-@_kernel
+@tuned(CONFIGS)
 def grad_input(
     grad,
     weight,
@@ -310,7 +349,7 @@ def grad_input(
         tl.store(pixels + r * SH * width * step, result, real)
 
 
-@_kernel
+@tuned(CONFIGS)
 def grad_weight(
     grad,
     input,

@@ -1,0 +1,106 @@
+"""Launches the Triton kernels for a GPU that is not there: all but their run is real.
+
+test_triton.py runs this in a process of its own. A stand-in for the driver takes the
+compiled kernels and counts their launches. Prints what it found as JSON.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ['TRITON_CACHE_DIR'] = sys.argv[1]
+
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+
+from mmcls_involution.ops import triton as ops  # noqa: E402
+from mmcls_involution.ops.triton import fused_kernels, kernels  # noqa: E402
+
+launches, compiled, timed = [], [], []
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return dict(
+            max_shared_mem=232448,
+            max_num_regs=65536,
+            multiprocessor_count=132,
+            warpSize=32,
+        )
+
+    def load_binary(self, *arguments):
+        return 1, 2, 32, 0, 1024
+
+    def unload_module(self, module):
+        pass
+
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, *arguments):
+        launches.append([self.name, *arguments[:3]])
+
+
+class Driver:
+    utils, launcher_cls = Utils(), Launcher
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget('cuda', 90, 32)
+
+    @staticmethod
+    def is_active():
+        return True
+
+
+def run(height, width):
+    x = torch.zeros(2, 32, height, width)
+    weight = torch.zeros(2, 2, 3, 3, height, width)
+    arguments = (1, 1), (1, 1), (1, 1)
+    ops.forward(x, weight, *arguments)
+    ops.grad_input(x, weight, (height, width), *arguments)
+    ops.grad_weight(x, x, weight.shape, *arguments)
+    spans = torch.zeros(18, 8, 1, 1)
+    ops.fused_forward(x, x[:, :8], spans, None, (3, 3), *arguments)
+
+
+def time(call, **arguments):
+    timed.append(1)
+    call()
+    return [1.0, 1.0, 1.0]
+
+
+triton.runtime.driver.set_active(Driver())
+triton.testing.do_bench = time
+capturing = True
+torch.cuda.is_current_stream_capturing = lambda: capturing
+found = {}
+
+run(16, 16)
+found['captured'] = launches.copy()
+found['kept of a capture'] = len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
+
+triton.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
+for size in [(1, 1), (16, 17), (31, 64), (128, 96)]:
+    run(*size)
+found['compiled for new sizes'] = len(compiled)
+
+capturing = False
+launches.clear()
+run(16, 16)
+found['timed'] = len(timed)
+found['candidates'] = 3 * len(kernels.CONFIGS) + len(fused_kernels.CONFIGS)
+found['kept'] = len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
+timed.clear()
+run(16, 16)
+found['timed again'] = len(timed)
+print(json.dumps(found))
