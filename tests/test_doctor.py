@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import pickle
@@ -230,3 +231,27 @@ def test_unregistered_rednet(monkeypatch):
     monkeypatch.setattr(MODELS, 'get', lambda name: None)
     row = doctor.check_registry('mmdet')
     assert (row.status, row.detail) == (FAIL, 'RedNet is not in the registry')
+
+
+@pytest.mark.parametrize(
+    'device, reason, status, detail',
+    [
+        ('cpu', 'no compiler', WARN, 'slow on the CPU: no compiler'),
+        ('cuda', 'no Triton', WARN, 'slow on the GPU: no Triton'),
+        ('cuda', None, OK, 'on GPUs by Triton kernels'),
+    ],
+)
+def test_slow_backends(monkeypatch, device, reason, status, detail):
+    from mmcls_involution.ops import BACKENDS
+
+    def unusable(where, dtype):
+        return reason if where == device else None
+
+    for name in ('native', 'triton'):
+        backend = dataclasses.replace(BACKENDS[name], unusable=unusable)
+        monkeypatch.setitem(BACKENDS, name, backend)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: device == 'cuda')
+    row = doctor.check_ops()
+    assert row.status == status
+    assert detail in row.detail
+    assert bool(row.fix) == (status == WARN)

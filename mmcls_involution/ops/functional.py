@@ -28,13 +28,13 @@ class Backend:
     """One way to compute involution.
 
     Attributes:
-        kernels: Module with ``forward``, ``grad_input`` and ``grad_weight``.
+        kernels: Module with ``forward``, ``grad_input`` and ``grad_weight``, and with
+            ``fused_forward`` where it has one.
         priority: The usable backend of highest priority is the default one; None
             for a backend that runs only when named.
         unusable: Given device type and dtype, the reason why this backend cannot
             run there, or None if it can.
-        fused: Whether ``kernels`` has a ``fused_forward``, and modules use it unless
-            told otherwise.
+        fused: Whether modules use the fused operator unless told otherwise.
     """
 
     kernels: ModuleType
