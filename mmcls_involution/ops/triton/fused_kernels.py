@@ -8,9 +8,10 @@ kernel, is then split in halves, and halves of halves, until each tap is a vecto
 input go by as in the forward pass of kernels.py, each serving all rows whose windows it
 is in.
 
-Read are the input, the reduced map once for each group, and the weights; written is the
-output. For RedNet's first stage that is 36 values for each pixel and group, where two
-steps write and read 49 kernel values on top.
+Read are the input, the weights, and by each group the reduced map; written is the
+output. For RedNet's first stage that is 48 values for each pixel and group (36 of
+memory where the groups share the reduced map in the L2 cache), where two steps write
+and read 49 kernel values on top.
 """
 
 from __future__ import annotations
