@@ -15,7 +15,8 @@ NETWORKS="128x3x224x224 2x3x800x1216"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 mkdir -p "$OUT"
 
-$PYTHON -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"'
+$PYTHON -c 'import sys, torch
+if not torch.cuda.is_available(): sys.exit(f"torch {torch.__version__} finds no GPU")'
 failed=0
 $PYTHON -m pytest -q tests/test_ops 2>&1 | tee "$OUT/tests.txt" || failed=1
 for dtype in fp32 bf16; do
