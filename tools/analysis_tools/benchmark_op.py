@@ -108,12 +108,6 @@ def measure(
 ) -> dict[str, Figures]:
     """Figures of candidates: functions, and the tensors that they differentiate."""
 
-    # In the type and memory format of each one's output.
-    grads = {
-        name: torch.empty_like(forward()).copy_(grad)
-        for name, (forward, _) in candidates.items()
-    }
-
     def backward(name: str) -> Callable:
         forward, tensors = candidates[name]
         out = forward()
@@ -138,6 +132,11 @@ def measure(
     results = {name: dict(forward=value) for name, value in seconds.items()}
     if args.forward_only:
         return results
+    # In the type and memory format of each one's output.
+    grads = {
+        name: torch.empty_like(forward()).copy_(grad)
+        for name, (forward, _) in candidates.items()
+    }
     graphs = {name: backward(name) for name in candidates}
     for name, value in time_all(graphs, 'backward').items():
         results[name]['backward'] = value
