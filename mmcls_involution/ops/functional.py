@@ -28,8 +28,9 @@ class Backend:
     """One way to compute involution.
 
     Attributes:
-        kernels: Module with ``forward``, ``grad_input`` and ``grad_weight``, and with
-            ``fused_forward`` where it has one.
+        kernels: Module with ``forward``, ``grad_input`` and ``grad_weight``. It may
+            have ``fused_forward`` and ``fused_backward`` too, which return None for
+            what they cannot do; the others do that in tiles then.
         priority: The usable backend of highest priority is the default one; None
             for a backend that runs only when named.
         unusable: Given device type and dtype, the reason why this backend cannot

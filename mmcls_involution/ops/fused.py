@@ -1,8 +1,8 @@
 """`fused_involution2d`: kernel generation and involution as one operator.
 
 At the first stage of RedNet-50 the kernels are three times as large as the input. Here
-no one keeps them: the backward pass generates them again from the reduced map, and a
-backend with a fused forward pass does not even hold them at once.
+they are never in memory as a whole: forward and backward pass generate them where they
+use them, from the reduced map, which is a twelfth of their size.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import tiles
 from .functional import (
     BACKENDS,
     _check_input,
     _check_kernels,
     _check_like_input,
     _default_backend,
-    _grad_input,
-    _grad_weight,
     _kernels,
     _named_backend,
     _pair,
     _register_autocast,
+    involution2d,
 )
 from .geometry import memory_format
 
@@ -160,12 +160,6 @@ def _check(
     return kernels
 
 
-def _generate(reduced, weight, bias, kernels: Sequence[int]) -> Tensor:
-    # Autocast has been here already, in the forward pass.
-    with torch.autocast(reduced.device.type, enabled=False):
-        return F.conv2d(reduced, weight, bias).unflatten(1, tuple(kernels[1:4]))
-
-
 @torch.library.custom_op('mmcls_involution::fused_involution2d', mutates_args=())
 def _fused_involution2d(
     input: Tensor,
@@ -180,14 +174,14 @@ def _fused_involution2d(
 ) -> Tensor:
     arguments = (stride, padding, dilation)
     shape = _check(input, reduced, weight, bias, kernel_size, *arguments)
-    backend_kernels = _kernels(backend, input)
-    if hasattr(backend_kernels, 'fused_forward'):
-        out = backend_kernels.fused_forward(
+    module = _kernels(backend, input)
+    out = None
+    if hasattr(module, 'fused_forward'):
+        out = module.fused_forward(
             input, reduced, weight, bias, kernel_size, *arguments
         )
-    else:
-        kernels = _generate(reduced, weight, bias, shape)
-        out = backend_kernels.forward(input, kernels, *arguments)
+    if out is None:
+        out = tiles.forward(module, input, reduced, weight, bias, shape, *arguments)
     return out.contiguous(memory_format=memory_format(input))
 
 
@@ -198,58 +192,117 @@ def _(input, reduced, weight, bias, kernel_size, stride, padding, dilation, back
     return out.contiguous(memory_format=memory_format(input))
 
 
+@torch.library.custom_op(
+    'mmcls_involution::fused_involution2d_backward', mutates_args=()
+)
+def _gradients(
+    grad: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four tensors; empty ones for those that are not `needed`."""
+    module = _kernels(backend, input)
+    tensors = (grad, input, reduced, weight, bias)
+    arguments = (stride, padding, dilation, needed)
+    grads = None
+    if hasattr(module, 'fused_backward'):
+        grads = module.fused_backward(*tensors, kernel_size, *arguments)
+    if grads is None:
+        taps = kernel_size[0] * kernel_size[1]
+        shape = (len(input), len(weight) // taps, *kernel_size, *grad.shape[2:])
+        grads = tiles.backward(module, *tensors, shape, *arguments)
+    for i, (tensor, need) in enumerate(zip(tensors[1:], needed, strict=True)):
+        if not need:
+            grads[i] = input.new_empty(0)
+        elif i < 2:
+            grads[i] = grads[i].contiguous(memory_format=memory_format(tensor))
+    return tuple(grads)
+
+
+@_gradients.register_fake
+def _(grad, input, reduced, weight, bias, *arguments):
+    grads = []
+    for i, need in enumerate(arguments[-1]):
+        tensor = (input, reduced, weight, bias)[i]
+        if not need:
+            grads.append(input.new_empty(0))
+            continue
+        out = tensor.new_empty(tensor.shape)
+        grads.append(
+            out.contiguous(memory_format=memory_format(tensor)) if i < 2 else out
+        )
+    return tuple(grads)
+
+
 def _setup_context(ctx, inputs, output):
-    input, reduced, weight, bias, ctx.kernel_size, *ctx.arguments = inputs
-    ctx.save_for_backward(input, reduced, weight, bias)
+    *tensors, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.backend = (
+        inputs
+    )
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, grad):
-    input, reduced, weight, bias = ctx.saved_tensors
-    shape = (
-        len(input),
-        len(weight) // (ctx.kernel_size[0] * ctx.kernel_size[1]),
-        *ctx.kernel_size,
-        *grad.shape[2:],
-    )
-    # Gradients of backends want kernels in contiguous memory; the format that a 1x1
-    # weight has depends on its strides alone.
-    layout = memory_format(reduced)
-    reduced = reduced.contiguous()
-    weight = weight.flatten(1)[:, :, None, None]
-    needs_input, *needs_generator = ctx.needs_input_grad[:4]
-    grad_input = None
-    grads = [None] * 3
-    if needs_input:
-        kernels = _generate(reduced, weight, bias, shape)
-        grad_input = _grad_input(grad, kernels, input.shape[2:], *ctx.arguments)
-        del kernels  # before memory of the same size is taken for their gradient
-    if any(needs_generator):
-        grad_kernels = _grad_weight(grad, input, shape, *ctx.arguments).flatten(1, 3)
-        grads = list(
-            torch.ops.aten.convolution_backward(
-                grad_kernels,
-                reduced,
-                weight,
-                None if bias is None else bias.shape,
-                *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),
-                needs_generator,
-            )
+    tensors = ctx.saved_tensors
+    needed = ctx.needs_input_grad[:4]
+    arguments = (ctx.stride, ctx.padding, ctx.dilation)
+    if torch.is_grad_enabled():  # gradients that shall be differentiated in turn
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
+        out = _two_steps(*tensors, ctx.kernel_size, *arguments, ctx.backend)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        grads = (next(found) if need else None for need in needed)
+    else:
+        grads = _gradients(
+            grad, *tensors, ctx.kernel_size, *arguments, ctx.backend, needed
         )
-        if grads[0] is not None:
-            grads[0] = grads[0].contiguous(memory_format=layout)
-    return grad_input, *grads, *[None] * 5
+        grads = (g if need else None for g, need in zip(grads, needed, strict=True))
+    return *grads, *[None] * 5
+
+
+def _two_steps(
+    input, reduced, weight, bias, kernel_size, stride, padding, dilation, backend
+) -> Tensor:
+    # Autocast has been here already, in the forward pass.
+    with torch.autocast(input.device.type, enabled=False):
+        kernels = F.conv2d(reduced, weight, bias).unflatten(1, (-1, *kernel_size))
+        return involution2d(input, kernels, stride, padding, dilation, backend=backend)
 
 
 _fused_involution2d.register_autograd(_backward, setup_context=_setup_context)
 _register_autocast('fused_involution2d', _fused_involution2d, tensors=4)
 
 
+def _flops_of_steps(input_shape, reduced_shape, weight_shape, kernel_size):
+    """Of the convolution and of the involution, two per multiply-add."""
+    pixels = reduced_shape[0] * reduced_shape[2] * reduced_shape[3]
+    taps = kernel_size[0] * kernel_size[1]
+    convolution = 2 * pixels * weight_shape[0] * weight_shape[1]
+    return convolution, 2 * pixels * input_shape[1] * taps
+
+
 @register_flop_formula(torch.ops.mmcls_involution.fused_involution2d)
-def _flops(
-    input_shape, reduced_shape, weight_shape, *arguments, out_shape, **kwargs
-) -> int:
-    """Two FLOPs per multiply-add of convolution and involution."""
-    n, c, ho, wo = out_shape
-    kh, kw = arguments[1]
-    rows, channels = weight_shape[:2]
-    return 2 * n * ho * wo * (rows * channels + c * kh * kw)
+def _flops(input_shape, reduced_shape, weight_shape, bias, kernel_size, *_, **__):
+    shapes = (input_shape, reduced_shape, weight_shape)
+    return sum(_flops_of_steps(*shapes, kernel_size))
+
+
+@register_flop_formula(torch.ops.mmcls_involution.fused_involution2d_backward)
+def _backward_flops(
+    grad_shape, input_shape, reduced_shape, weight_shape, bias, kernel_size, *rest, **_
+):
+    shapes = (input_shape, reduced_shape, weight_shape)
+    convolution, involution = _flops_of_steps(*shapes, kernel_size)
+    needs_input, *needs_generator = rest[-1]
+    flops = 0
+    if needs_input:  # the kernels once more
+        flops += convolution + involution
+    if any(needs_generator):
+        flops += involution + convolution * sum(needs_generator[:2])
+    return flops

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..geometry import memory_format
@@ -181,18 +180,15 @@ def fused_forward(
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
-) -> Tensor:
+) -> Tensor | None:
     """See :func:`mmcls_involution.ops.fused_involution2d`.
 
-    In two steps for float64 and for kernels of more than 64 taps, which registers do
-    not hold.
+    None for float64 and for kernels of more than 64 taps, which registers do not hold.
     """
     size, taps = reduced.shape[2:], math.prod(kernel_size)
     shape = (len(input), len(weight) // taps, *kernel_size, *size)
     if input.dtype == torch.float64 or taps > MOST_TAPS:
-        with torch.autocast(input.device.type, enabled=False):
-            kernels = F.conv2d(reduced, weight, bias).view(shape)
-        return forward(input, kernels, stride, padding, dilation)
+        return None
     # Vectors of channels are what leaves registers for a lane's kernel.
     layout = torch.channels_last
     input, reduced = (t.contiguous(memory_format=layout) for t in (input, reduced))
