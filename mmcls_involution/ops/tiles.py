@@ -8,7 +8,6 @@ the input. The gradients are sums over the tiles in one order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType

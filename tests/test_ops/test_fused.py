@@ -189,7 +189,7 @@ def test_no_more_kernels_than_a_tile_holds(shape, monkeypatch):
     monkeypatch.setattr(tiles, '_generate', record)
     tensors, arguments = make(shape, 2, (7, 7), 1, 3, 1)
     fused_involution2d(*tensors, **arguments, backend='tap_sum').sum().backward()
-    assert len(sizes) > 8
+    assert len(sizes) >= 8
     assert max(sizes) <= 1 << 18
 
 
