@@ -22,7 +22,10 @@ def one_candidate(monkeypatch):
     def first(*arguments, **constants):
         return kernels._candidates(*arguments, **constants)[:1]
 
-    tuners = (kernels.forward, kernels.grad_input, kernels.grad_weight)
-    for tuner in (*tuners, fused_kernels.fused_forward):
+    for tuner in (
+        *(kernels.forward, kernels.grad_input, kernels.grad_weight),
+        *(fused_kernels.fused_forward, fused_kernels.fused_grad_input),
+        fused_kernels.fused_grad_generator,
+    ):
         monkeypatch.setattr(tuner, 'early_config_prune', first)
         monkeypatch.setattr(tuner, 'cache_results', False)

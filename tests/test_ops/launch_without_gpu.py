@@ -70,7 +70,9 @@ def run(height, width):
     ops.grad_input(x, weight, (height, width), *arguments)
     ops.grad_weight(x, x, weight.shape, *arguments)
     spans = torch.zeros(18, 8, 1, 1)
-    ops.fused_forward(x, x[:, :8], spans, None, (3, 3), *arguments)
+    fused = (x, x[:, :8], spans, None, (3, 3), *arguments)
+    ops.fused_forward(*fused)
+    ops.fused_backward(x, *fused, (True, True, True, False))
 
 
 def time(call, **arguments):
@@ -98,7 +100,11 @@ capturing = False
 launches.clear()
 run(16, 16)
 found['timed'] = len(timed)
-found['candidates'] = 3 * len(kernels.CONFIGS) + len(fused_kernels.CONFIGS)
+found['candidates'] = (
+    3 * len(kernels.CONFIGS)
+    + 2 * len(fused_kernels.CONFIGS)
+    + len(fused_kernels.GENERATOR_CONFIGS)
+)
 found['kept'] = len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
 timed.clear()
 run(16, 16)

@@ -6,6 +6,7 @@ the operators with this backend where there is a GPU.
 
 import csv
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,7 @@ on_gpu = pytest.mark.skipif(
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 layout = pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
 NAMES = ('forward', 'grad_input', 'grad_weight')
+FUSED_NAMES = ('fused_forward', 'fused_grad_input', 'fused_grad_generator')
 
 
 def problem(shape, groups, kernel, stride, padding, dilation, dtype, layout):
@@ -180,69 +182,122 @@ def test_random_problems(dtype):
         done += 1
 
 
-@pytest.mark.parametrize('blocks', [0, 1])
-@pytest.mark.parametrize('dtype', DTYPES, ids=str)
-@pytest.mark.parametrize(
-    'shape, groups, kernel, stride, padding, dilation, reduced',
-    [
-        ((2, 32, 5, 6), 2, (3, 3), 1, 1, 1, 8),
-        ((1, 12, 7, 9), 1, (3, 2), (2, 1), 1, 1, 40),
-        ((1, 16, 6, 5), 1, (7, 7), 1, 3, 1, 5),
-        ((1, 40, 6, 5), 2, (3, 3), 1, 2, (2, 1), 130),
-    ],
-    ids=['stem', 'part of a block', 'rednet', 'dilated, blocks of R'],
-)
-def test_fused_forward(
-    shape,
-    groups,
-    kernel,
-    stride,
-    padding,
-    dilation,
-    reduced,
-    dtype,
-    blocks,
-    monkeypatch,
-):
-    """Against the two steps in float64."""
+# Shape, groups, kernel, stride, padding, dilation, channels of the reduced map.
+FUSED = {
+    'stem': ((2, 32, 5, 6), 2, (3, 3), 1, 1, 1, 8),
+    'part of a block': ((1, 12, 7, 9), 1, (3, 2), (2, 1), 1, 1, 20),
+    'rednet': ((1, 16, 6, 5), 1, (7, 7), 1, 3, 1, 5),
+    'many programs': ((3, 2, 9, 5), 1, (3, 3), 1, 1, 1, 4),
+    'dilated, blocks of channels': ((1, 40, 6, 5), 2, (3, 3), 1, 2, (2, 1), 32),
+    'blocks of R': ((1, 16, 5, 4), 1, (3, 3), 1, 1, 1, 130),
+    'empty batch': ((0, 16, 5, 4), 1, (3, 3), 1, 1, 1, 8),
+}
+
+
+@pytest.fixture
+def fused_problem(request, kernels, monkeypatch):
+    """Tensors, the other arguments, and the exact results and gradients.
+
+    With a bias for the first blocks of the tuner, without for one row.
+    """
     from mmcls_involution.ops.triton import fused_kernels
 
-    if dtype == torch.bfloat16 and DEVICE == 'cpu':
+    case, dtype, blocks = request.param
+    if DEVICE == 'cpu' and dtype == torch.bfloat16:
         pytest.skip("the interpreter's tl.dot takes bfloat16 for integers")
-    if blocks and pair(dilation)[0] > 1:
+    shape, groups, kernel, *rest, reduced = FUSED[case]
+    arguments = [pair(value) for value in rest]
+    if blocks == 'first' and arguments[2][0] > 1:
         pytest.skip('dilated rows share no tiles: one row alone')
-    configs = [fused_kernels.CONFIGS[blocks]]
-    monkeypatch.setattr(fused_kernels.fused_forward, 'configs', configs)
-    fused_kernels.fused_forward.cache.clear()
-    arguments = pair(stride), pair(padding), pair(dilation)
+    if case == 'many programs':
+        monkeypatch.setattr(triton, 'LEAST_SHARE', 16)
+    for name in FUSED_NAMES:
+        tuner = getattr(fused_kernels, name)
+        rows = [c for c in tuner.configs if blocks == 'first' or c.kwargs['ROWS'] == 1]
+        monkeypatch.setattr(tuner, 'configs', rows[:1])
+        tuner.cache.clear()
     size, rows = output_size(shape[2:], kernel, *arguments), groups * math.prod(kernel)
-    x, z, weight, bias = (
+    tensors = [
         torch.randn(s, device=DEVICE).to(dtype)
         for s in (shape, (shape[0], reduced, *size), (rows, reduced, 1, 1), (rows,))
-    )
-    weight /= reduced**0.5
-    for b in (bias, None):
-        ours = triton.fused_forward(x, z, weight, b, kernel, *arguments)
-        wide = [None if t is None else t.double() for t in (z, weight, b)]
-        kernels = F.conv2d(*wide).unflatten(1, (groups, *kernel))
-        right = tap_sum.forward(x.double(), kernels, *arguments)
-        error = (ours.double() - right).abs().max() / right.abs().max()
-        assert ours.dtype == dtype
-        assert error <= 4 * torch.finfo(dtype).eps
+    ]
+    tensors[2] /= reduced**0.5
+    grad = torch.randn(*shape[:2], *size, device=DEVICE).to(dtype)
+
+    if blocks != 'first':
+        tensors.pop()
+    leaves = [t.double().requires_grad_() for t in tensors]
+    weight = F.conv2d(*leaves[1:]).unflatten(1, (groups, *kernel))
+    out = reference.forward(leaves[0], weight, *arguments)
+    exact = out.detach(), *torch.autograd.grad(out, leaves, grad.double())
+    tensors += [None] * (4 - len(tensors))
+    return grad, tensors, (kernel, *arguments), exact
 
 
-@pytest.mark.parametrize('dtype, side', [(torch.float64, 3), (torch.float32, 9)])
-def test_fused_forward_in_two_steps(dtype, side):
-    """float64, and more taps than registers hold."""
-    x, z = torch.randn(1, 2, 4, 5).to(dtype), torch.randn(1, 3, 4, 5).to(dtype)
-    weight, padding = torch.randn(side**2, 3, 1, 1).to(dtype), (side // 2, side // 2)
-    x, z, weight = (t.to(DEVICE) for t in (x, z, weight))
-    ours = triton.fused_forward(
-        x, z, weight, None, (side, side), (1, 1), padding, (1, 1)
+def fused_case(*names):
+    problems = itertools.product(names, DTYPES, ('first', 'one row'))
+    return pytest.mark.parametrize(
+        'fused_problem',
+        [pytest.param(p, id='-'.join(map(str, p))) for p in problems],
+        indirect=True,
     )
-    kernels = F.conv2d(z, weight).unflatten(1, (1, side, side))
-    right = tap_sum.forward(x, kernels, (1, 1), padding, (1, 1))
-    torch.testing.assert_close(ours, right)
+
+
+def assert_within_units(ours, right, units):
+    """In the last place of the largest value."""
+    assert ours.shape == right.shape
+    if right.numel():
+        error = (ours.double() - right).abs().max() / right.abs().max().clamp(1e-30)
+        assert error <= units * torch.finfo(ours.dtype).eps
+
+
+@fused_case(*FUSED)
+def test_fused_forward(fused_problem):
+    _, tensors, arguments, exact = fused_problem
+    ours = triton.fused_forward(*tensors, *arguments)
+    assert ours.dtype == tensors[0].dtype
+    assert_within_units(ours, exact[0], 4)
+
+
+@fused_case(*(name for name in FUSED if name != 'blocks of R'))
+def test_fused_backward(fused_problem):
+    grad, tensors, arguments, exact = fused_problem
+    needed = [tensor is not None for tensor in tensors]
+    ours = triton.fused_backward(grad, *tensors, *arguments, needed)
+    for our, tensor, right in zip(ours, tensors, exact[1:], strict=False):
+        assert our.dtype == tensor.dtype
+        assert_within_units(our, right, 4)
+
+
+@pytest.mark.parametrize(
+    'needed', [(True, False, False, False), (False, False, True, False)]
+)
+def test_fused_backward_of_some_alone(needed):
+    shape, groups, kernel, *rest, reduced = FUSED['stem']
+    x, z = torch.randn(shape, device=DEVICE), torch.randn(2, reduced, 5, 6).to(DEVICE)
+    weight = torch.randn(groups * 9, reduced, 1, 1, device=DEVICE)
+    arguments = (kernel, *map(pair, rest))
+    tensors = (x, x, z, weight, None, *arguments)
+    every = triton.fused_backward(*tensors, (True, True, True, False))
+    for ours, right, need in zip(
+        triton.fused_backward(*tensors, needed), every, needed, strict=True
+    ):
+        if need:
+            assert torch.equal(ours, right)
+
+
+@pytest.mark.parametrize(
+    'dtype, side, channels',
+    [(torch.float64, 3, 4), (torch.float32, 9, 4), (torch.float32, 3, 33)],
+)
+def test_what_fused_kernels_leave_to_tiles(dtype, side, channels):
+    """float64, more taps than registers hold, dear generation of single values."""
+    x, z = torch.zeros(1, 2, 4, 5).to(dtype), torch.zeros(1, channels, 4, 5).to(dtype)
+    weight, padding = torch.zeros(side**2, channels, 1, 1).to(dtype), (side // 2,) * 2
+    arguments = (x, z, weight, None, (side, side), (1, 1), padding, (1, 1))
+    assert triton.fused_backward(x, *arguments, (True,) * 3 + (False,)) is None
+    if channels == 4:
+        assert triton.fused_forward(*arguments) is None
 
 
 def test_mixed_memory_formats():
@@ -335,7 +390,7 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
     assert result.returncode == 0, result.stderr
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row['kernel'] for row in rows} == {*NAMES, 'fused_forward'}
+    assert {row['kernel'] for row in rows} == {*NAMES, *FUSED_NAMES}
     assert {row['dtype'] for row in rows} == {'fp32', 'bf16'}
     for row in rows:
         assert 0 < int(row['registers']) <= 255
@@ -358,12 +413,15 @@ def test_launches_as_a_gpu_would_see_them(tmp_path):
     found = json.loads(result.stdout.splitlines()[-1])
     # 2 images, 4 blocks of 4 rows and 16 columns make 128 lanes; 2 groups.
     three = [[name, 8, 1, 1] for name in NAMES]
-    # 2 images of 16x16 in 64 lanes of one row each.
-    assert found['captured'] == [*three, ['fused_forward', 16, 1, 1]]
+    # 2 images of 16x16 in 64 lanes of one row each; 512 pixels in shares of 256.
+    fused = [
+        [name, 8 * two, 1, 1] for name, two in zip(FUSED_NAMES, (2, 2), strict=False)
+    ]
+    assert found['captured'] == [*three, *fused, ['fused_grad_generator', 2, 1, 1]]
     assert found['kept of a capture'] == 0
     assert found['compiled for new sizes'] == 0
     assert found['timed'] == found['candidates']
-    assert found['kept'] == 4
+    assert found['kept'] == 6
     assert found['timed again'] == 0
     assert 'up to some minutes' in result.stderr
 

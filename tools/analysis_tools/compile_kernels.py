@@ -22,7 +22,10 @@ from rich.progress import track
 
 from mmcls_involution.ops.triton import block_channels, span_blocks
 
-NAMES = ('forward', 'grad_input', 'grad_weight', 'fused_forward')
+NAMES = (
+    *('forward', 'grad_input', 'grad_weight'),
+    *('fused_forward', 'fused_grad_input', 'fused_grad_generator'),
+)
 DTYPES = ('fp32', 'fp16', 'bf16')
 # Kernel size and stride: of the stem, of the blocks, of the first block of a stage.
 INVOLUTIONS = ((3, 1), (7, 1), (7, 2))
@@ -64,13 +67,19 @@ def compile_kernel(
 
     function = kernel.fn
     constants = {**constants, **config.kwargs}
-    pointers = ('input', 'reduced', 'weight', 'bias', 'grad', 'output')
+    pointers = dict.fromkeys(
+        ('input', 'reduced', 'weight', 'bias', 'grad', 'output', 'scratch'),
+        f'*{dtype}',
+    )
+    if 'grad_reduced' in function.arg_names:  # sums over the groups and the pixels
+        sums = ('grad_reduced', 'grad_weight', 'grad_bias')
+        pointers.update(dict.fromkeys(sums, '*fp32'))
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = 'constexpr'
         else:
-            signature[name] = f'*{dtype}' if name in pointers else 'i32'
+            signature[name] = pointers.get(name, 'i32')
         if name in (*pointers, 'channels', 'reduced_channels'):
             aligned[(i,)] = [['tt.divisibility', 16]]
     constants = {name: constants[name] for name in signature if name in constants}
@@ -109,12 +118,15 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f'needs Triton ({error}): pip install triton') from None
 
+    def fused(name: str) -> bool:
+        return name.startswith('fused')
+
     def kernel(name: str) -> object:
-        return getattr(fused_kernels if name == 'fused_forward' else kernels, name)
+        return getattr(fused_kernels if fused(name) else kernels, name)
 
     def configs(name: str, channels_last: bool) -> list:
-        if name == 'fused_forward' and not channels_last:
-            return []  # it converts its pixels
+        if fused(name) and not channels_last:
+            return []  # they convert their pixels
         return kernel(name).configs[: 1 if args.quick else None]
 
     dtypes, involutions = DTYPES, INVOLUTIONS

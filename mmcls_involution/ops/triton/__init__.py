@@ -26,6 +26,10 @@ LOWEST_CAPABILITY = (8, 0)
 MOST_PIXELS = 2**31 - 2**16
 # Of a fused kernel: a thread holds that many values for each row of a lane.
 MOST_TAPS = 64
+# Of the fused gradients: more, and generating a value costs more than reading it.
+MOST_REDUCED = 32
+# That share the sums of the generator's gradient, each of this many pixels or more.
+MOST_PROGRAMS, LEAST_SHARE = 512, 256
 
 
 @cache
@@ -110,9 +114,9 @@ def _run(
     )
     # What lanes number, and the parts of the work that each lane is in.
     lanes, parts = out_size, groups
-    if name != 'grad_weight':
+    if name not in ('grad_weight', 'fused_grad_generator'):
         parts *= -(-group_channels // block)
-    if name == 'grad_input':
+    if name in ('grad_input', 'fused_grad_input'):
         lanes = [-(-side // step) for side, step in zip(size, stride, strict=True)]
         parts *= math.prod(stride)
         constants['GCD_H'], constants['GCD_W'] = map(math.gcd, stride, dilation)
@@ -124,6 +128,8 @@ def _run(
         constants.update(span_blocks(weight_shape[2:4], reduced))
 
     def grid(meta: dict) -> tuple[int]:
+        if name == 'fused_grad_generator':
+            return (len(tensors[-1]),)
         count = batch * -(-lanes[0] // meta['ROWS']) * lanes[1]
         return (-(-count // meta['BLOCK_P']) * parts,)
 
@@ -183,7 +189,7 @@ def fused_forward(
 ) -> Tensor | None:
     """See :func:`mmcls_involution.ops.fused_involution2d`.
 
-    None for float64 and for kernels of more than 64 taps, which registers do not hold.
+    None for float64 and for more than :data:`MOST_TAPS`, which registers do not hold.
     """
     size, taps = reduced.shape[2:], math.prod(kernel_size)
     shape = (len(input), len(weight) // taps, *kernel_size, *size)
@@ -210,6 +216,62 @@ def fused_forward(
         reduced=reduced.shape[1],
     )
     return out
+
+
+def fused_backward(
+    grad: Tensor,
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    needed: Sequence[bool],
+) -> list[Tensor | None] | None:
+    """Gradients of :func:`fused_forward` in the four tensors, those that are `needed`.
+
+    None for what :func:`fused_forward` cannot do either, and for more than
+    :data:`MOST_REDUCED` channels of the reduced map.
+    """
+    taps, channels = math.prod(kernel_size), reduced.shape[1]
+    if input.dtype == torch.float64 or taps > MOST_TAPS or channels > MOST_REDUCED:
+        return None
+    layout = torch.channels_last
+    grad, input, reduced = (
+        t.contiguous(memory_format=layout) for t in (grad, input, reduced)
+    )
+    weight = weight.contiguous()
+    groups = len(weight) // taps
+    shape = (len(input), groups, *kernel_size, *reduced.shape[2:])
+
+    def run(name: str, *tensors: Tensor) -> None:
+        arguments = (stride, padding, dilation, channels)
+        _run(name, tensors, layout, input.shape, shape, *arguments)
+
+    grads: list[Tensor | None] = [None] * 4
+    if needed[0]:
+        grads[0] = torch.empty_like(input)
+        spans = torch.zeros_like(weight[:, 0]) if bias is None else bias.contiguous()
+        run('fused_grad_input', grad, reduced, weight, spans, grads[0])
+    if any(needed[1:]):
+        from .fused_kernels import MOST_LANES
+
+        pixels = len(reduced) * math.prod(reduced.shape[2:])
+        programs = min(MOST_PROGRAMS, -(-pixels // LEAST_SHARE))
+        scratch = grad.new_empty(programs, taps, MOST_LANES)
+        factory = dict(dtype=torch.float32, device=input.device)
+        sums = (
+            torch.empty_like(reduced, dtype=torch.float32),
+            torch.empty(programs, *weight.shape, **factory),
+            torch.empty(programs, len(weight), **factory),
+        )
+        run('fused_grad_generator', grad, input, reduced, weight, scratch, *sums)
+        grads[1] = sums[0].to(reduced.dtype)
+        grads[2] = sums[1].sum(0).to(weight.dtype)
+        grads[3] = sums[2].sum(0).to(weight.dtype)
+    return grads
 
 
 def grad_input(

@@ -124,14 +124,28 @@ def tuned(configs):
 
 
 @triton.jit
-def _lanes(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
-    """Image, first row and column of the lanes; the part of the work they are in."""
+def _lane_blocks(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
+    """How many blocks of BLOCK_P lanes there are."""
+    return tl.cdiv(batch * tl.cdiv(height, ROWS) * width, BLOCK_P)
+
+
+@triton.jit
+def _lanes_of(block, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
+    """Image, first row and column of the lanes in a block."""
     row_blocks = tl.cdiv(height, ROWS)
-    programs = tl.cdiv(batch * row_blocks * width, BLOCK_P)
-    lane = tl.program_id(0) % programs * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    lane = block * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     row = lane // width
     image = (row // row_blocks).to(tl.int64)
-    return image, row % row_blocks * ROWS, lane % width, tl.program_id(0) // programs
+    return image, row % row_blocks * ROWS, lane % width
+
+
+@triton.jit
+def _lanes(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
+    """The lanes of this program, and the part of the work they are in."""
+    blocks = _lane_blocks(batch, height, width, BLOCK_P, ROWS)
+    program = tl.program_id(0)
+    image, row, column = _lanes_of(program % blocks, height, width, BLOCK_P, ROWS)
+    return image, row, column, program // blocks
 
 
 @triton.jit
@@ -349,12 +363,18 @@ def grad_input(
         tl.store(pixels + r * SH * width * step, result, real)
 
 
-@tuned(CONFIGS)
-def grad_weight(
+@triton.jit
+def _sum_channels(
     grad,
     input,
     output,
-    batch,
+    tap_step,
+    row_step,
+    image,
+    row,
+    column,
+    group,
+    lanes,
     channels,
     height,
     width,
@@ -362,7 +382,6 @@ def grad_weight(
     out_width,
     pad_height,
     pad_width,
-    size_class,  # for the tuner alone
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -375,10 +394,11 @@ def grad_weight(
     BLOCK_P: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
+    """Products of dY and X under each tap, summed over the channels of the group.
 
-    Reads dY and X, writes dH. Rows share tiles of X as in the forward pass; tiles of dY
-    stay in registers if BLOCK_C holds the group, else they come out of the cache.
+    Goes to `output` [1, BLOCK_P] and on by `tap_step` and `row_step`. Rows share tiles
+    of X as in the forward pass; tiles of dY stay in registers if BLOCK_C holds the
+    group, else they come out of the cache.
     """
     tl.static_assert(ROWS == 1 or DH == 1)
     sum_type: tl.constexpr = (
@@ -386,10 +406,8 @@ def grad_weight(
     )
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
     blocks: tl.constexpr = (GROUP_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
     in_group = tl.arange(0, BLOCK_C)[:, None]
     channel = group * GROUP_CHANNELS + in_group
-    lanes = image < batch
 
     y = row * SH - pad_height
     x = column * SW - pad_width
@@ -401,9 +419,6 @@ def grad_weight(
     grads = _pixels(grad, image, channel, row, column, shape, CHANNELS_LAST)
     area = out_height.to(tl.int64) * out_width
     next_grads = BLOCK_C if CHANNELS_LAST else area * BLOCK_C
-    groups = channels // GROUP_CHANNELS
-    kernels = output + (image * groups + group) * (KH * KW) * area
-    kernels += row * out_width + column
 
     held = ()
     for r in tl.static_range(ROWS):
@@ -443,4 +458,48 @@ def grad_weight(
                     tap = (t - r * SH) // DH * KW + v
                     stored = lanes & (row + r < out_height)
                     result = sums[r].to(output.dtype.element_ty)
-                    tl.store(kernels + (tap * area + r * out_width), result, stored)
+                    tl.store(output + (tap * tap_step + r * row_step), result, stored)
+
+
+@tuned(CONFIGS)
+def grad_weight(
+    grad,
+    input,
+    output,
+    batch,
+    channels,
+    height,
+    width,
+    out_height,
+    out_width,
+    pad_height,
+    pad_width,
+    size_class,  # for the tuner alone
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    SH: tl.constexpr,
+    SW: tl.constexpr,
+    DH: tl.constexpr,
+    DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
+
+    Reads dY and X, writes dH.
+    """
+    image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
+    area = out_height.to(tl.int64) * out_width
+    groups = channels // GROUP_CHANNELS
+    kernels = output + (image * groups + group) * (KH * KW) * area
+    kernels += row * out_width + column
+    _sum_channels(
+        *(grad, input, kernels, area, out_width),
+        *(image, row, column, group, image < batch),
+        *(channels, height, width, out_height, out_width, pad_height, pad_width),
+        *(KH, KW, SH, SW, DH, DW, GROUP_CHANNELS, CHANNELS_LAST),
+        *(BLOCK_C, BLOCK_P, ROWS),
+    )
