@@ -341,8 +341,9 @@ SLIM = dict(
     classifier=['model.head.in_channels=512'],
 )
 SHIPPED = sorted(
-    file for name in FOLDERS for file in (ROOT / 'configs' / name).glob('*.py')
+    file for file in (ROOT / 'configs').glob('*/*.py') if file.parent.name != '_base_'
 )
+PRETRAINED = [file for file in SHIPPED if file.parent.name in ('coco', 'cityscapes')]
 STEM7 = ROOT / 'configs/imagenet/rednet50-stem7_64xb32-warmup-coslr_in1k.py'
 
 
@@ -389,6 +390,8 @@ def train_shipped(
             ]
         elif task == 'segmenter':
             options.append('model.neck.in_channels=[64,128,256,512]')
+        if 'rcnn' in file.stem:
+            options.append('model.train_cfg.rcnn.sampler.num=16')
         arguments = ['--work-dir', work_dir, '--no-validate', '--cfg-options', *options]
         assert tool('train', task, file, *arguments) == ''
 
@@ -417,7 +420,7 @@ def pretrained(pretrained_once, train_shipped, tmp_path_factory) -> Path:
 def test_every_config_trains_on_data_of_its_format(
     file, train_shipped, request, tmp_path, monkeypatch
 ):
-    if file.parent.name in ('coco', 'cityscapes'):
+    if file in PRETRAINED:
         monkeypatch.setenv('REDNET50', str(request.getfixturevalue('pretrained')))
     keep_none = ['checkpoint.interval=-1', 'checkpoint.save_last=False']
     train_shipped(file, tmp_path, *(f'default_hooks.{o}' for o in keep_none))
@@ -425,7 +428,7 @@ def test_every_config_trains_on_data_of_its_format(
     losses = [json.loads(line)['loss'] for line in logs if '"loss"' in line]
     assert len(losses) == 2 and np.isfinite(losses).all()
     text = next(tmp_path.glob('*/*.log')).read_text()
-    assert 'REDNET50' not in os.environ or 'load backbone. in model from' in text
+    assert ('load backbone. in model from' in text) is (file in PRETRAINED)
     assert 'in source state_dict' not in text  # keys missing or unexpected
 
 
@@ -603,6 +606,25 @@ def test_missing_data_names_the_variable_for_its_place(tool, tmp_path, monkeypat
     monkeypatch.setitem(DATA, 'detector', 'nowhere')
     message = tool('train', 'detector', '--work-dir', tmp_path)
     assert re.search('no-such-folder does not exist.*variable TINY_DATA or', message)
+
+
+@pytest.mark.parametrize(
+    ('file', 'place'),
+    [*((file, '') for file in PRETRAINED), (PRETRAINED[0], 'nowhere.pth')],
+    ids=lambda value: getattr(value, 'stem', value),
+)
+def test_missing_weights_say_how_to_get_them(file, place, tool, tmp_path, monkeypatch):
+    if place:
+        monkeypatch.setenv('REDNET50', place)
+    else:
+        monkeypatch.delenv('REDNET50', raising=False)
+    message = tool('train', FOLDERS[file.parent.name][0], file, '--work-dir', tmp_path)
+    assert message.startswith('Error: model.backbone.init_cfg.checkpoint: ')
+    path = place or f'work_dirs/{STEM7.stem}/epoch_130.pth'
+    assert f'{path} does not exist' in message
+    assert 'the environment variable REDNET50' in message
+    assert f'tools/train.py {STEM7.relative_to(ROOT)} makes it' in message
+    assert 'tools/model_converters/official_to_mmcls_involution.py' in message
 
 
 @pytest.fixture
