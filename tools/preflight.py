@@ -44,6 +44,7 @@ PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '
     '(work_dir: ./work_dirs/<name of the config>).'
 )
+ROOT = Path(__file__).resolve().parents[1]
 # default_scope -> what pip installs for it
 LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
 # What the runner builds its loops from: all of a row, or none.
@@ -324,7 +325,27 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
         if cfg is None:
             raise
         key = what.removesuffix('.checkpoint')
-        raise UserError(f'{error} {key}=None starts from random weights.') from None
+        raise UserError(
+            f'{error}{_source(str(path), cfg)} {key}=None starts from random weights.'
+        ) from None
+
+
+def _source(path: str, cfg: Config) -> str:
+    """Where the weights come from that one of our configs leaves in its work dir."""
+    for name, default in _places(cfg).items():
+        config = next(ROOT.glob(f'configs/*/{Path(default).parent.name}.py'), None)
+        if config is not None and path == os.environ.get(name, default):
+            return (
+                f' tools/train.py {config.relative_to(ROOT)} makes it, '
+                'tools/model_converters/official_to_mmcls_involution.py converts the '
+                "authors' weights."
+            )
+    return ''
+
+
+def _places(cfg: Config) -> dict[str, str]:
+    """The environment variables that a config reads as {{$NAME:default}}."""
+    return dict(re.findall(r'\{\{\$(\w+):(\S*?)\}\}', cfg.text))
 
 
 def _check_exists(path: Path, what: str, cfg: Config | None) -> None:
@@ -335,11 +356,9 @@ def _check_exists(path: Path, what: str, cfg: Config | None) -> None:
         parent = parent.parent
     message = f'{what}: {path} does not exist (the nearest folder that does: {parent}).'
     if cfg is not None:
-        # '{{$NAME:default}}' in a config is replaced by an environment variable.
-        places = dict(re.findall(r'\{\{\$(\w+):(\S*?)\}\}', cfg.text))
         ways = [
             f'the environment variable {name}'
-            for name, default in places.items()
+            for name, default in _places(cfg).items()
             if str(path).startswith(os.environ.get(name, default))
         ]
         ways.append(f'--cfg-options {what}=PLACE')

@@ -1,5 +1,7 @@
 """Every config loads, builds and trains every parameter that it does not freeze."""
 
+import copy
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,15 +12,40 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
 from mmcls_involution import compat
+from mmcls_involution.models import RedNet
+from mmcls_involution.ops import Involution2d
 
 # As the tools do: the ResNet twins do not import this package.
 compat.apply()
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = sorted(file for file in CONFIGS.glob('*/*.py') if file.parent.name != '_base_')
+COCO = {
+    # name: learning rate, warm-up iterations, largest norm of the gradient
+    'faster-rcnn_rednet50_fpn_1x_coco': (0.02, 500, None),
+    'faster-rcnn_rednet50_fpn-inv_1x_coco': (0.02, 2000, None),
+    'faster-rcnn_rednet50_fpn-inv_head-inv_1x_coco': (0.02, 2000, 5),
+    'mask-rcnn_rednet50_fpn_1x_coco': (0.02, 500, None),
+    'mask-rcnn_rednet50_fpn-inv_1x_coco': (0.02, 2000, None),
+    'mask-rcnn_rednet50_fpn-inv_head-inv_1x_coco': (0.02, 2000, 5),
+    'retinanet_rednet50_fpn_1x_coco': (0.01, 2000, None),
+    'retinanet_rednet50_fpn-inv_1x_coco': (0.01, 2000, 40),
+}
 every_config = pytest.mark.parametrize(
     'file', FILES, ids=lambda file: str(file.relative_to(CONFIGS))
 )
+
+
+@functools.cache
+def _read(file):
+    return Config.fromfile(file)
+
+
+def read(name):
+    """A config by file, or by folder and stem; may be changed."""
+    return copy.deepcopy(
+        _read(CONFIGS / f'{name}.py' if isinstance(name, str) else name)
+    )
 
 
 def detection_inputs(cfg):
@@ -59,11 +86,13 @@ INPUTS = dict(
 
 @every_config
 def test_a_step_reaches_every_trainable_parameter(file):
-    cfg = Config.fromfile(file)
+    cfg = read(file)
     init_default_scope(cfg.default_scope)
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))
     if cfg.default_scope == 'mmseg':
         cfg.model.data_preprocessor.size = (64, 128)
+    if 'roi_head' in cfg.model:
+        cfg.model.train_cfg.rcnn.sampler.num = 16
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
 
     batch = model.data_preprocessor(INPUTS[cfg.default_scope](cfg), training=True)
@@ -80,14 +109,14 @@ def test_a_step_reaches_every_trainable_parameter(file):
 @every_config
 def test_pretrained_weights_are_those_of_an_own_config(file):
     """The default checkpoint is where one of our ImageNet configs leaves it."""
-    cfg = Config.fromfile(file)
+    cfg = read(file)
     backbone = cfg.model.backbone
     init_cfg = backbone.get('init_cfg') or {}
     if file.parent.name not in ('coco', 'cityscapes'):
         assert 'checkpoint' not in init_cfg and not cfg.get('load_from')
         return
     checkpoint = Path(init_cfg['checkpoint'])
-    source = Config.fromfile(CONFIGS / 'imagenet' / f'{checkpoint.parent.name}.py')
+    source = read(f'imagenet/{checkpoint.parent.name}')
     assert checkpoint.name == f'epoch_{source.train_cfg.max_epochs}.pth'
     assert checkpoint.parts[0] == 'work_dirs'
     theirs = source.model.backbone
@@ -106,9 +135,7 @@ def test_pretrained_weights_are_those_of_an_own_config(file):
     ],
 )
 def test_twins_differ_in_the_backbone_alone(ours, theirs):
-    ours, theirs = (
-        Config.fromfile(CONFIGS / f'{name}.py').to_dict() for name in (ours, theirs)
-    )
+    ours, theirs = (read(name).to_dict() for name in (ours, theirs))
     assert ours.pop('custom_imports')['imports'] == ['mmcls_involution.models']
     assert ours['model'].pop('backbone')['type'] == 'RedNet'
     assert 'ResNet' in theirs['model'].pop('backbone')['type']
@@ -116,7 +143,7 @@ def test_twins_differ_in_the_backbone_alone(ours, theirs):
 
 
 def test_imagenet_schedule_is_the_papers():
-    cfg = Config.fromfile(CONFIGS / 'imagenet/rednet50_64xb32-warmup-coslr_in1k.py')
+    cfg = read('imagenet/rednet50_64xb32-warmup-coslr_in1k')
     optimizer = cfg.optim_wrapper.optimizer
     assert (optimizer.lr, optimizer.momentum, optimizer.nesterov) == (0.8, 0.9, True)
     assert optimizer.weight_decay == 1e-4
@@ -130,19 +157,97 @@ def test_imagenet_schedule_is_the_papers():
     assert cfg.auto_scale_lr.base_batch_size == 64 * 32
 
 
-@pytest.mark.parametrize(
-    'name, lr, warmup',
-    [
-        ('faster-rcnn_rednet50_fpn_1x_coco', 0.02, 500),
-        ('mask-rcnn_rednet50_fpn_1x_coco', 0.02, 500),
-        ('retinanet_rednet50_fpn_1x_coco', 0.01, 2000),
-    ],
-)
-def test_coco_schedules_are_the_papers(name, lr, warmup):
-    cfg = Config.fromfile(CONFIGS / f'coco/{name}.py')
+@pytest.mark.parametrize('name', [26, 38, 101, 152, '50-stem7'])
+def test_imagenet_configs_differ_in_depth_or_stem_alone(name):
+    base = read('imagenet/rednet50_64xb32-warmup-coslr_in1k').to_dict()
+    cfg = read(f'imagenet/rednet{name}_64xb32-warmup-coslr_in1k').to_dict()
+    change = dict(stem_kernel_size=7) if name == '50-stem7' else dict(depth=name)
+    assert 'stem_kernel_size' not in base['model']['backbone']  # 3
+    base['model']['backbone'].update(change)
+    assert cfg == base
+
+
+@pytest.mark.parametrize('name', COCO)
+def test_coco_schedules_are_the_papers(name):
+    lr, warmup, max_norm = COCO[name]
+    cfg = read(f'coco/{name}')
     linear, steps = cfg.param_scheduler
-    assert cfg.optim_wrapper.optimizer.lr == lr
-    assert (linear.start_factor, linear.end) == (0.001, warmup)
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.momentum) == ('SGD', lr, 0.9)
+    assert optimizer.weight_decay == 1e-4
+    assert cfg.optim_wrapper.get('clip_grad') == (
+        None if max_norm is None else dict(max_norm=max_norm)
+    )
+    assert (linear.type, linear.by_epoch) == ('LinearLR', False)
+    assert (linear.start_factor, linear.begin, linear.end) == (0.001, 0, warmup)
     assert steps.milestones == [8, 11] and cfg.train_cfg.max_epochs == 12
+    assert cfg.train_dataloader.batch_size == 2  # on each of 8 GPUs
+    assert cfg.auto_scale_lr.base_batch_size == 16
     backbone = cfg.model.backbone
     assert backbone.frozen_stages == 1 and backbone.norm_eval
+
+
+CITYSCAPES = [
+    f'{name}_4xb2-80k_cityscapes-512x1024'
+    for name in ('fpn_rednet50', 'fpn-inv_rednet50', 'upernet_rednet50')
+]
+
+
+@pytest.mark.parametrize('name', CITYSCAPES)
+def test_cityscapes_schedules_are_the_papers(name):
+    cfg = read(f'cityscapes/{name}')
+    optimizer = cfg.optim_wrapper.optimizer
+    assert (optimizer.type, optimizer.lr, optimizer.momentum) == ('SGD', 0.01, 0.9)
+    (poly,) = cfg.param_scheduler
+    assert (poly.type, poly.end, poly.power) == ('PolyLR', 80000, 0.9)
+    assert cfg.train_cfg.max_iters == 80000
+    assert cfg.train_dataloader.batch_size == 2  # on each of 4 GPUs
+    assert cfg.crop_size == (512, 1024) and cfg.model.test_cfg.mode == 'whole'
+    backbone = cfg.model.backbone
+    assert 'frozen_stages' not in backbone and 'norm_eval' not in backbone
+    assert backbone.norm_cfg.type == cfg.model.decode_head.norm_cfg.type == 'SyncBN'
+    # as in the official code
+    assert backbone.involution_cfg == dict(norm_cfg=dict(type='BN'))
+
+
+NECK = {f'neck.fpn_convs.{level}' for level in range(4)}
+OUTSIDE_THE_BACKBONE = {
+    'faster-rcnn_rednet50_fpn-inv_1x_coco': NECK,
+    'faster-rcnn_rednet50_fpn-inv_head-inv_1x_coco': NECK | {'rpn_head.rpn_conv'},
+    'mask-rcnn_rednet50_fpn-inv_1x_coco': NECK,
+    'mask-rcnn_rednet50_fpn-inv_head-inv_1x_coco': NECK
+    | {'rpn_head.rpn_conv', *(f'roi_head.mask_head.convs.{i}.0' for i in range(4))},
+    # its two extra levels stay convolutions
+    'retinanet_rednet50_fpn-inv_1x_coco': NECK - {'neck.fpn_convs.3'},
+    'fpn-inv_rednet50_4xb2-80k_cityscapes-512x1024': NECK,
+}
+
+
+@pytest.mark.parametrize(
+    'file',
+    [f for f in FILES if f.parent.name in ('imagenet', 'coco', 'cityscapes')],
+    ids=lambda file: file.stem,
+)
+def test_involutions_are_where_the_paper_has_them(file):
+    cfg = read(file)
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
+        model = registry.build(cfg.model)
+    found = {n: m for n, m in model.named_modules() if isinstance(m, Involution2d)}
+    in_backbone = {name for name in found if name.startswith('backbone.')}
+    assert found.keys() - in_backbone == OUTSIDE_THE_BACKBONE.get(file.stem, set())
+    blocks = RedNet.arch_settings[model.backbone.depth]
+    assert in_backbone == {'backbone.stem.1'} | {
+        f'backbone.layer{stage + 1}.{i}.conv2'
+        for stage, number in enumerate(blocks)
+        for i in range(number)
+    }
+    # The official ImageNet models have 3 there, the official detectors 7.
+    stem = found.pop('backbone.stem.1')
+    official = file.parent.name == 'imagenet' and 'stem7' not in file.stem
+    assert stem.kernel_size == (3 if official else 7)
+    keys = {f'conv1.bn.{key}' for key in torch.nn.BatchNorm2d(1).state_dict()}
+    keys |= {'conv1.conv.weight', 'conv2.conv.weight', 'conv2.conv.bias'}
+    for name, involution in found.items():
+        assert involution.kernel_size == 7, name
+        assert involution.group_channels == 16 and involution.reduction_ratio == 4
+        assert involution.state_dict().keys() == keys, name
