@@ -69,7 +69,7 @@ def save_beside(checkpoint: dict[str, Any], path: Path) -> Path:
     Renaming it to ``path`` cannot fail half-way. The same content gives the same bytes.
 
     Raises:
-        OSError: If it cannot be written; nothing is left behind then.
+        OSError, UserError: If it cannot be written; nothing is left behind then.
     """
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
@@ -81,7 +81,7 @@ def save_beside(checkpoint: dict[str, Any], path: Path) -> Path:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, RuntimeError):  # torch's word for a full disk
-            raise OSError(f'cannot write {path}: {error}') from error
+            raise UserError(f'cannot write {path}: {error}') from error
         raise
     return partial
 

@@ -77,9 +77,11 @@ def describe(weights: dict[str, Tensor]) -> str:
         blocks[match[1]] = max(blocks[match[1]], int(match[2]) + 1)
     sizes = {stages: depth for depth, stages in RedNet.arch_settings.items()}
     depth = sizes.get(tuple(blocks[stage] for stage in sorted(blocks)), '?')
-    stem = weights.get('backbone.stem.1.conv2.conv.weight')
-    # K*K kernel elements for each of two groups
-    kernel = '?' if stem is None else round((stem.size(0) / 2) ** 0.5)
+    kernel, stem = '?', 'backbone.stem.1.conv{}.conv.weight'
+    if {stem.format(1), stem.format(2)} <= weights.keys():
+        # K*K elements for each group of 16 channels
+        channels = weights[stem.format(1)].size(1)
+        kernel = round((weights[stem.format(2)].size(0) * 16 / channels) ** 0.5)
     parts = dict.fromkeys(name.split('.')[0] for name in weights)
     return f'RedNet-{depth}, stem_kernel_size {kernel}; {", ".join(parts)}'
 
