@@ -243,13 +243,14 @@ def test_the_other_stem_is_refused_with_the_reason(
 
 def test_classifier_for_a_detector(weights, tool, tmp_path):
     config = tmp_path / 'detector.py'
-    lines = SLIM_CONFIG.format(stem=3).splitlines()
-    text = '\n'.join(
-        line for line in lines if 'neck=' not in line and 'head=' not in line
+    text = SLIM_CONFIG[: SLIM_CONFIG.index('    neck=')].format(stem=3)
+    text = text.replace('mmpretrain', 'mmdet')
+    text = text.replace('ImageClassifier', 'SingleStageDetector')
+    config.write_text(
+        f"{text}bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=512))"
     )
-    text = text.replace("'ImageClassifier'", "'mmpretrain.ImageClassifier'")
-    config.write_text(text.replace("scope = 'mmpretrain'", "scope = 'mmdet'"))
     message = refused(tool, tmp_path, weights, config)
+    assert 'missing:\n  bbox_head.cls_convs.0.conv.weight' in message
     assert '2 of no use:\n  head.fc.weight\n  head.fc.bias' in message
     assert 'These are weights of a classifier' in message and 'REDNET50' in message
 
