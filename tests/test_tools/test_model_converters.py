@@ -14,15 +14,11 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
 
-torch = pytest.importorskip('torch')
-pytest.importorskip('mmpretrain')
-
-from mmengine.config import Config  # noqa: E402
-from mmengine.registry import MODELS, init_default_scope  # noqa: E402
-
-from mmcls_involution import compat  # noqa: E402
-from mmcls_involution.models import RedNet  # noqa: E402
+from mmcls_involution.models import RedNet
 
 ROOT = Path(__file__).parents[2]
 CONVERTER, PUBLISHER = 'rednet_to_mmcls_involution', 'publish_model'
@@ -490,7 +486,6 @@ INVOLUTION_HEAD = {'model.rpn_head.type': 'InvolutionRPNHead'}
 )
 def test_models_of_the_paper_take_the_official_names(name, options, shapes, module):
     """The names that mmdet 2.x and mmseg 0.x give to all but the backbone."""
-    compat.apply()
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     cfg.merge_from_dict(options)
     init_default_scope(cfg.default_scope)
