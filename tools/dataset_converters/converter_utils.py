@@ -76,7 +76,9 @@ def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """
     if not path.is_file():
         raise FileNotFoundError(f'image {path} is missing')
-    image = cv2.imread(str(path), flags)
+    # Not cv2.imread: it fills up a JPEG that is cut short, and only prints a warning.
+    content = np.fromfile(path, dtype=np.uint8)
+    image = cv2.imdecode(content, flags) if content.size else None
     if image is None:
         raise ValueError(
             f'image {path} cannot be decoded: it is damaged, download it again'
