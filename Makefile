@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 
 RUN = $(VENV)/bin/python
 
-.PHONY: help setup demo test lint bench bench-gpu clean
+.PHONY: help setup demo test lint bench bench-gpu paper-table clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -28,6 +28,9 @@ bench: setup  ## time involution and RedNet beside their alternatives, short for
 
 bench-gpu: setup  ## the tests on a GPU, then all figures of a GPU
 	@PYTHON=$(RUN) tools/analysis_tools/benchmark_gpu.sh
+
+paper-table: setup  ## our parameters and FLOPs beside the paper's
+	@$(RUN) tools/analysis_tools/paper_table.py
 
 clean:  ## remove the virtual environment and build products (the wheel cache stays)
 	@rm -rf '$(VENV)' build dist mmcls_involution.egg-info mmcls_involution/.mim .pytest_cache .ruff_cache

@@ -337,7 +337,7 @@ def _source(path: str, cfg: Config) -> str:
         if config is not None and path == os.environ.get(name, default):
             return (
                 f' tools/train.py {config.relative_to(ROOT)} makes it, '
-                'tools/model_converters/official_to_mmcls_involution.py converts the '
+                'tools/model_converters/rednet_to_mmcls_involution.py converts the '
                 "authors' weights."
             )
     return ''

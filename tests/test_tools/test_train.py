@@ -624,7 +624,7 @@ def test_missing_weights_say_how_to_get_them(file, place, tool, tmp_path, monkey
     assert f'{path} does not exist' in message
     assert 'the environment variable REDNET50' in message
     assert f'tools/train.py {STEM7.relative_to(ROOT)} makes it' in message
-    assert 'tools/model_converters/official_to_mmcls_involution.py' in message
+    assert 'tools/model_converters/rednet_to_mmcls_involution.py' in message
 
 
 @pytest.fixture
