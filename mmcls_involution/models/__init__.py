@@ -1,6 +1,7 @@
 """Importing this package registers every model in MMEngine's root registry.
 
-The parts for a library that is not installed are left out.
+It also names the classifiers in MMPretrain's model hub. The parts for a library that is
+not installed are left out.
 """
 
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ compat.apply()
 
 from .backbones import RedNet  # noqa: E402
 from .layers import Involution2d  # noqa: E402
+from .model_hub import register_classifiers  # noqa: E402
 
 __all__ = ['Involution2d', 'RedNet']
 
@@ -25,3 +27,5 @@ if find_spec('mmdet'):
     from .mask_heads import InvolutionFCNMaskHead  # noqa: F401
 
     __all__ += ['InvolutionFCNMaskHead', 'InvolutionRPNHead']
+
+register_classifiers()
