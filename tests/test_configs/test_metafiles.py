@@ -1,0 +1,284 @@
+"""The metafiles, the model index and the READMEs of configs: they agree with it all."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from mmengine.config import Config
+from modelindex.load_model_index import load
+
+import mmcls_involution.models  # noqa: F401
+from mmcls_involution.models import model_hub
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / 'configs'
+PAPER = yaml.safe_load((CONFIGS / 'paper.yml').read_text())
+# model-index.yml leaves configs/demo out
+FILES = [f for f in CONFIGS.glob('*/*.py') if f.parent.name not in ('_base_', 'demo')]
+METAFILES = sorted(CONFIGS.glob('*/metafile.yml'))
+INDEX = load(str(ROOT / 'model-index.yml'))
+MODELS = {model.name: model for model in INDEX.models}
+# metric in configs/paper.yml -> task and metric in metafiles, column in READMEs
+METRICS = {
+    'accuracy/top1': ('Image Classification', 'Top 1 Accuracy', 'Top-1 (%)'),
+    'accuracy/top5': ('Image Classification', 'Top 5 Accuracy', 'Top-5 (%)'),
+    'coco/bbox_mAP': ('Object Detection', 'box AP', 'box AP'),
+    'coco/segm_mAP': ('Instance Segmentation', 'mask AP', 'mask AP'),
+    'mIoU': ('Semantic Segmentation', 'mIoU', 'mIoU'),
+}
+TASKS = {
+    'mmpretrain': 'Image Classification',
+    'mmdet': 'Object Detection',
+    'mmseg': 'Semantic Segmentation',
+}
+
+every_model = pytest.mark.parametrize('name', MODELS)
+every_readme = pytest.mark.parametrize(
+    'readme',
+    [file.with_name('README.md') for file in METAFILES],
+    ids=lambda file: file.parent.name,
+)
+
+
+@functools.cache
+def read(name: str) -> Config:
+    return Config.fromfile(ROOT / MODELS[name].config)
+
+
+def length(cfg: Config) -> tuple[str, int]:
+    """Epochs or iterations of training."""
+    key = 'max_epochs' if 'max_epochs' in cfg.train_cfg else 'max_iters'
+    return {'max_epochs': 'Epochs', 'max_iters': 'Iterations'}[key], cfg.train_cfg[key]
+
+
+@functools.cache
+def figures(name: str) -> tuple[int, int, str]:
+    """Parameters, FLOPs and where they come from, as they should be."""
+    if paper := PAPER.get(name):
+        return round(paper['params'] * 1e6), round(paper['flops'] * 1e9), 'paper'
+    sys.path.insert(0, str(ROOT / 'tools' / 'analysis_tools'))
+    try:
+        get_flops = importlib.import_module('get_flops')
+    finally:
+        sys.path.pop(0)
+    shape = map(int, MODELS[name].metadata.data['Input Shape'].split('x'))
+    whole = get_flops.measure(get_flops.build_model(read(name)), tuple(shape))['']
+    return whole.trained, whole.flops, 'this package'
+
+
+# --------------------------------------------------------------------------- metafiles
+
+
+def test_index_imports_every_metafile():
+    imports = yaml.safe_load((ROOT / 'model-index.yml').read_text())['Import']
+    assert sorted(imports) == [str(f.relative_to(ROOT)) for f in METAFILES]
+    errors = {e for item in INDEX.collect_check_errors() for e in item['errors']}
+    # That check looks beside the metafile; OpenMMLab's paths begin at the root.
+    assert {e for e in errors if not e.startswith('Path to README file')} == set()
+
+
+def test_every_config_is_in_one_metafile():
+    found = Counter(model.config for model in INDEX.models)
+    assert found == Counter(str(file.relative_to(ROOT)) for file in FILES)
+
+
+@every_model
+def test_entry_fits_its_config(name):
+    model, cfg = MODELS[name], read(name)
+    folder = Path(model.filepath).parent
+    assert ROOT / model.config == folder / f'{name}.py'
+    assert ROOT / model.readme == folder / 'README.md'
+    assert (folder / 'README.md').is_file()
+    assert model.in_collection in {c.name for c in INDEX.collections}
+    assert name == name.lower()  # the hub and mim look up lower case
+
+    metadata = model.metadata.data
+    unit, number = length(cfg)
+    assert metadata[unit] == number
+    assert len(metadata.keys() & {'Epochs', 'Iterations'}) == 1
+    batch_size = cfg.train_dataloader.batch_size
+    if gpus := re.search(r'_(\d+)xb', name):
+        batch_size *= int(gpus[1])
+    else:
+        batch_size = cfg.get('auto_scale_lr', {}).get('base_batch_size', batch_size)
+    assert metadata['Batch Size'] == batch_size
+
+    tasks = [TASKS[cfg.default_scope]]
+    if 'mask_head' in cfg.model.get('roi_head', {}):
+        tasks.append('Instance Segmentation')
+    assert [result.task for result in model.results] == tasks
+    data = metadata['Training Data']
+    assert {result.dataset for result in model.results} == {data}
+
+
+@every_model
+def test_figures_are_the_papers_or_ours_and_say_so(name):
+    model, paper = MODELS[name], PAPER.get(name, {})
+    metadata = model.metadata.data
+    found = [metadata[key] for key in ('Parameters', 'FLOPs', 'Figures From')]
+    assert found == list(figures(name))
+    if paper:
+        assert metadata['Input Shape'] == '{}x{}'.format(*paper['input_shape'])
+        assert model.paper['URL'] == 'https://arxiv.org/abs/2103.06255'
+
+    scores = {
+        (result.task, metric): score
+        for result in model.results
+        for metric, score in result.metrics.items()
+    }
+    expected = {METRICS[key][:2]: v for key, v in paper.get('scores', {}).items()}
+    assert scores == expected
+    # The paper's scores are those of weights that nobody can get.
+    assert model.weights is None
+
+
+def test_small_models_have_the_input_of_their_tests():
+    """What the paper does not say, the configs do."""
+    for name, model in MODELS.items():
+        if name in PAPER:
+            continue
+        sizes = {
+            (step['scale'][1], step['scale'][0])
+            if step['type'] == 'Resize'
+            else (step['crop_size'],) * 2
+            for step in read(name).test_dataloader.dataset.pipeline
+            if step['type'] in ('Resize', 'CenterCrop')
+        }
+        shape = tuple(map(int, model.metadata.data['Input Shape'].split('x')))
+        assert sizes == {shape}, name
+
+
+# ----------------------------------------------------------------------------- READMEs
+
+
+@every_readme
+def test_readme_table_has_the_figures_of_every_config(readme):
+    lines = [
+        [cell.strip() for cell in line.strip('|\n').split('|')]
+        for line in readme.read_text().splitlines()
+        if line.startswith('|')
+    ]
+    header, _, *rows = lines
+    rows = [dict(zip(header, row, strict=True)) for row in rows]
+    configs = [
+        re.fullmatch(r'\[config\]\((.+)\.py\)', row['Config'])[1] for row in rows
+    ]
+    assert sorted(configs) == sorted(f.stem for f in FILES if f.parent == readme.parent)
+
+    for name, row in zip(configs, rows, strict=True):
+        parameters, flops, source = figures(name)
+        paper = PAPER.get(name)
+        expected = {
+            'Params (M)': str(paper['params']) if paper else f'{parameters / 1e6:.2f}',
+            'FLOPs (G)': str(paper['flops']) if paper else f'{flops / 1e9:.2f}',
+            'Figures from': source,
+        }
+        for key, (_, _, column) in METRICS.items():
+            cell = '–'
+            if score := (paper or {}).get('scores', {}).get(key):
+                resnet50 = paper.get('resnet50', {}).get(key)
+                cell = f'{score} ({resnet50})' if resnet50 else str(score)
+            elif column not in header:
+                continue
+            expected[column] = cell
+        assert row.items() >= expected.items()
+
+
+@every_readme
+def test_readme_names_what_exists(readme):
+    text = readme.read_text()
+    for link in re.findall(r'\]\(([^)]+)\)', text):
+        if not link.startswith('https://'):
+            file, _, section = link.partition('#')
+            assert (readme.parent / file).exists(), link
+            if section:
+                titles = re.findall(r'^#+ (.*)$', (readme.parent / file).read_text(), 8)
+                assert section in [t.lower().replace(' ', '-') for t in titles], link
+
+    blocks = re.findall(r'```(?:sh|python)\n(.*?)```', text, re.DOTALL)
+    assert blocks
+    trained = []
+    for block in blocks:
+        if name := re.search(r"^name = '(.*)'$", block, re.MULTILINE):
+            block = block.replace('{name}', name[1])
+        for path in re.findall(r'\b(?:configs|tools|docs)/[\w./-]+', block):
+            assert (ROOT / path).is_file(), path
+        trained += re.findall(r'work_dirs/([^/\s]+)/(\w+)_(\d+)\.pth', block)
+    assert trained
+    for name, unit, number in trained:
+        assert (ROOT / MODELS[name].config).parent == readme.parent
+        key = {'epoch': 'Epochs', 'iter': 'Iterations'}[unit]
+        assert length(read(name)) == (key, int(number)), name
+
+
+# --------------------------------------------------------------------------- model hub
+
+
+def classifiers() -> list[str]:
+    return sorted(n for n in MODELS if read(n).default_scope == 'mmpretrain')
+
+
+def test_hub_has_every_classifier_and_nothing_else_of_ours():
+    from mmpretrain import list_models
+    from mmpretrain.apis.model import ModelHub
+
+    assert list_models('rednet', task='Image Classification') == classifiers()
+    for name in MODELS:
+        assert ModelHub.has(name) == (name in classifiers())
+
+
+@pytest.mark.parametrize('name', classifiers())
+def test_hub_reads_our_config(name):
+    from mmpretrain.apis.model import ModelHub
+
+    cfg = ModelHub.get(name).config
+    assert cfg.model.to_dict() == read(name).model.to_dict()
+    assert cfg.model.backbone.get('depth', 50) == int(re.match(r'rednet(\d+)', name)[1])
+
+
+def test_examples_of_the_imagenet_readme_run(tmp_path, monkeypatch, capsys):
+    """With a checkpoint of the untrained model, for there is no other."""
+    text = (CONFIGS / 'imagenet' / 'README.md').read_text()
+    use, predict = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+
+    scope: dict = {}
+    exec(use, scope)
+    names, *shapes = capsys.readouterr().out.splitlines()
+    assert names == str(classifiers())
+    assert shapes == re.findall(r'\)  # (torch\.Size.*)', use)
+    assert type(scope['model'].backbone).__name__ == 'RedNet'
+
+    model = scope['model']
+    model.head.fc.bias.data[7] = 1e6
+    work_dir = tmp_path / 'work_dirs' / 'rednet50_64xb32-warmup-coslr_in1k'
+    work_dir.mkdir(parents=True)
+    torch.save({'state_dict': model.state_dict()}, work_dir / 'epoch_130.pth')
+    (tmp_path / 'docs').symlink_to(ROOT / 'docs')
+    monkeypatch.chdir(tmp_path)
+    exec(predict, {})
+    assert capsys.readouterr().out.splitlines()[-1] == 'cock 1.0'
+
+
+def test_registering_is_quiet_where_there_is_nothing_to_do(monkeypatch, tmp_path):
+    from mmpretrain.apis.model import ModelHub
+
+    model_hub.register_classifiers()  # a second time
+    register = model_hub.register_classifiers.__wrapped__
+    with pytest.raises(ValueError, match='conflict'):
+        register()  # without its cache: the registration that the rest is without
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelHub, '_models_dict', {})
+        patch.setattr(model_hub, 'PACKAGE', tmp_path / 'mmcls_involution')
+        register()
+        assert ModelHub._models_dict == {}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, 'mmpretrain.apis.model', None)
+        register()
