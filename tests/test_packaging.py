@@ -27,6 +27,13 @@ FILES += ['model-index.yml']
 
 KERNELS = 'mmcls_involution/ops/native/_kernels.abi3.so'
 NO_COMPILER = {'CC': 'false', 'CXX': 'false'}
+# Needs the metafiles, the config and what that inherits.
+GET_MODEL = (
+    'import mmcls_involution.models\n'
+    'from mmpretrain import get_model\n'
+    "model = get_model('rednet26_64xb32-warmup-coslr_in1k')\n"
+    'print(model.backbone.depth, model._config.filename)'
+)
 
 
 def python(*arguments: str | Path, cwd: Path, **env: str) -> str:
@@ -85,6 +92,7 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
     expected = {
         str(file.relative_to(clone)) for file in clone.glob('mmcls_involution/**/*.py')
     }
+    expected.add('mmcls_involution/.mim/model-index.yml')
     for part in ('configs', 'tools'):
         expected |= {
             f'mmcls_involution/.mim/{file.relative_to(clone)}'
@@ -94,6 +102,17 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
     packaged = {name for name in names if '.dist-info/' not in name}
     assert packaged - {KERNELS} == expected
     assert 'mmcls_involution/.mim/tools/setup_env.py' in packaged
+    for file in ('metafile.yml', 'README.md'):
+        assert f'mmcls_involution/.mim/configs/imagenet/{file}' in packaged
+
+
+def test_models_of_a_wheel_are_found_by_name(wheel, tmp_path):
+    site = tmp_path / 'site'
+    wheel.extractall(site)
+    out = python('-c', GET_MODEL, cwd=tmp_path, PYTHONPATH=str(site))
+    depth, config = out.splitlines()[-1].split()
+    assert depth == '26'
+    assert Path(config).is_relative_to(site / 'mmcls_involution' / '.mim')
 
 
 @pytest.mark.skipif(
@@ -225,7 +244,7 @@ def test_install_leaves_this_environment_as_it_is(clone):
     assert [item['metadata']['name'] for item in installs] == ['mmcls_involution']
 
 
-def test_editable_install_links_configs_and_tools(clone, tmp_path):
+def test_editable_install_links_what_mim_looks_for(clone, tmp_path):
     program = (
         'import sys; from setuptools import build_meta; '
         'build_meta.build_editable(sys.argv[1])'
@@ -233,8 +252,12 @@ def test_editable_install_links_configs_and_tools(clone, tmp_path):
     for _ in range(2):  # a second install replaces the links
         python('-c', program, tmp_path, cwd=clone, **NO_COMPILER)
     mim = clone / 'mmcls_involution' / '.mim'
-    for part in ('configs', 'tools'):
+    for part in ('configs', 'tools', 'model-index.yml'):
         assert (mim / part).resolve() == clone / part
+    out = python('-c', GET_MODEL, cwd=tmp_path, PYTHONPATH=str(clone))
+    depth, config = out.splitlines()[-1].split()
+    assert depth == '26'
+    assert Path(config).resolve().is_relative_to(clone / 'configs')
     shutil.rmtree(mim)
 
 
