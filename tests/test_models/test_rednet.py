@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -150,20 +152,44 @@ def test_norm_eval_reaches_the_involutions():
     assert model.training and model.layer1.training
 
 
-def test_with_cp_gives_the_same_gradients():
-    torch.manual_seed(0)
-    model = RedNet(**SLIM).double()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
-    gradients = []
-    for with_cp in (False, True):
-        for module in model.modules():
-            if hasattr(module, 'with_cp'):
-                module.with_cp = with_cp
-        model.zero_grad()
-        model(x)[0].sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_recomputing_changes_nothing(with_cp, norm_eval, monkeypatch):
+    """Of the stem, and of blocks: losses, gradients, running statistics."""
+    model = RedNet(**SLIM, norm_eval=norm_eval, with_cp=with_cp).double()
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(plain, '_stem_learns', lambda: False)
+    for module in plain.modules():
+        if hasattr(module, 'with_cp'):
+            module.with_cp = False
+    x = torch.randn(2, 3, 33, 31, dtype=torch.float64)
+    for network in (model, plain):
+        network.train()
+        network(x)[-1].square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for (name, ours), theirs in zip(
+        model.named_buffers(), plain.buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_training_keeps_nothing_of_the_stem():
+    """Of its 32 channels at half the image's size; 64 at a quarter come out of it."""
+    model, x = RedNet(**SLIM).train(), torch.randn(1, 3, 64, 48)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    for recomputed in (True, False):
+        kept.clear()
+        if not recomputed:
+            model._stem_learns = lambda: False
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x)
+        assert any(shape[2:] == (32, 24) for shape in kept) != recomputed
 
 
 def test_norm_cfg_reaches_the_involutions_unless_they_have_their_own():

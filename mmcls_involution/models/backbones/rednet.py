@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.utils.checkpoint as cp
@@ -15,6 +16,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmcls_involution.ops.geometry import memory_format
 
 from ..layers import Involution2d
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module):
+    """`function(x)`, run again in the backward pass instead of kept; it uses `module`.
+
+    Unlike a bare checkpoint, this updates running statistics once.
+    """
+
+    @contextmanager
+    def on_copies_of_buffers() -> Iterator[None]:
+        own = [(m, m._buffers) for m in module.modules() if m._buffers]
+        for m, buffers in own:
+            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
+        try:
+            yield
+        finally:
+            for m, buffers in own:
+                m._buffers = buffers
+
+    return cp.checkpoint(
+        function,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), on_copies_of_buffers()),
+    )
 
 
 class Bottleneck(BaseModule):
@@ -85,7 +111,7 @@ class Bottleneck(BaseModule):
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, ceil(H/s), ceil(W/s)]."""
         if self.with_cp and x.requires_grad:
-            out = cp.checkpoint(self._residual, x, use_reentrant=False)
+            out = _recomputed(self._residual, x, self)
         else:
             out = self._residual(x)
         return self.relu(out)
@@ -359,13 +385,28 @@ class RedNet(BaseModule):
         layout = memory_format(x)
         if x.device.type == 'cpu':
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(self.stem(x))
+        # Three layers at half the image's size, where ResNet has one: kept, they would
+        # be a sixth of what training holds. torch.compile has its own ways.
+        if self._stem_learns() and not torch.compiler.is_compiling():
+            x = _recomputed(self._stem, x, self.stem)
+        else:
+            x = self._stem(x)
         outs = []
         for i, name in enumerate(self.res_layers):
             x = getattr(self, name)(x)
             if i in self.out_indices:
                 outs.append(x.contiguous(memory_format=layout))
         return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.stem(x))
+
+    def _stem_learns(self) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in self.stem.parameters())
+        )
 
     def train(self, mode: bool = True) -> RedNet:
         """Set the mode, but for what is frozen and for norm_eval's batch norms."""
