@@ -110,7 +110,8 @@ def run_command(
             process.terminate()
             process.wait()
     if code:
-        raise StepError(f'{name} failed:\n\n{"".join(tail)}')
+        how = 'failed' if code > 0 else f'was ended by signal {-code}'
+        raise StepError(f'{name} {how}:\n\n{"".join(tail)}')
 
 
 def summarize(line: str) -> str | None:

@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ import preflight
 from demo import StepError, run_command
 from jinja2 import Environment
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.utils.dl_utils import collect_env
 from preflight import UserError
@@ -54,6 +54,7 @@ from mmcls_involution import __version__, compat
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = ROOT / 'configs' / 'paper.yml'
@@ -90,8 +91,9 @@ class Metric:
 
 
 COCO_REASON = (
-    'repeated runs on COCO are said to differ by 0.2 to 0.3 AP (GitHub '
-    'facebookresearch/moco#39, PeizeSun/SparseR-CNN#62, facebookresearch/Mask2Former#46)'
+    'authors of COCO models call differences of 0.2 to 0.3 AP between repeated runs '
+    'normal (GitHub facebookresearch/moco#39, PeizeSun/SparseR-CNN#62, '
+    'facebookresearch/Mask2Former#46)'
 )
 IMAGENET_REASON = (
     'the best and the worst of 50 seeds of ResNet-50 on ImageNet lie 0.5 apart (arXiv '
@@ -113,7 +115,7 @@ METRICS = {
 }
 
 
-# --------------------------------------------------------------------- command line, jobs
+# ------------------------------------------------------------------- command line, jobs
 
 
 def parse_args() -> argparse.Namespace:
@@ -195,16 +197,12 @@ def prepare(args: argparse.Namespace) -> list[Job]:
     for option in args.cfg_options:
         if '=' not in option:
             raise UserError(f'--cfg-options {option}: expected KEY=VALUE')
-    options = list(args.cfg_options)
-    if args.seed is not None:
-        options.append(f'randomness.seed={args.seed}')
-
     parser = argparse.ArgumentParser()
     parser.add_argument('config')
     preflight.add_common_arguments(parser)
     jobs: list[Job] = []
     for config, checkpoint in zip(args.configs, given, strict=True):
-        flags = ['--cfg-options', *options] if options else []
+        flags = ['--cfg-options', *args.cfg_options] if args.cfg_options else []
         if args.work_dir:
             several = len(args.configs) > 1
             work_dir = Path(args.work_dir, Path(config).stem if several else '')
@@ -212,7 +210,7 @@ def prepare(args: argparse.Namespace) -> list[Job]:
         cfg = preflight.load_config(parser.parse_args([config, *flags]))
         preflight.check_checkpoint(checkpoint, '--checkpoint')
         job = Job(
-            *(Path(config), options, Path(cfg.work_dir), cfg, checkpoint),
+            *(Path(config), args.cfg_options, Path(cfg.work_dir), cfg, checkpoint),
             *(args.seed, args.gpus),
         )
         for other in jobs:
@@ -244,21 +242,25 @@ def lock(job: Job) -> Iterator[int]:
         except BlockingIOError:
             file.seek(0)
             raise UserError(
-                f'{job.work_dir} is in use: {file.read().strip() or "another call"} is '
-                'still at work there. Wait for its end, or end it, and call again.'
+                f'{job.work_dir} is in use: an earlier call, or a training that it '
+                f'started, is still at work there (pgrep -ag {file.read().strip()}). '
+                'Wait for its end, or end it, and call again.'
             ) from None
         file.truncate(0)
-        print(f'process group {os.getpgid(0)}', file=file, flush=True)
+        print(os.getpgid(0), file=file, flush=True)
         yield file.fileno()
 
 
-# ------------------------------------------------------------------------------- steps
+# -------------------------------------------------------------------------------- steps
 
 
-def reproduce(job: Job) -> None:
+def reproduce(job: Job) -> dict[str, Any]:
     """Do the steps of a job that are not yet done, and write its report.
 
     What fails is kept in ``job.error`` and stands in the report.
+
+    Returns:
+        What the report says; see :func:`describe`.
     """
     try:
         with lock(job) as descriptor:
@@ -270,11 +272,14 @@ def reproduce(job: Job) -> None:
                 traceback.print_exc()
                 job.error = f'{type(error).__name__}: {error}'
             print(f'[4/4] Report: {job.work_dir / "report.html"}', flush=True)
-            write(job.work_dir, [describe(job)])
+            page = describe(job)
+            write(job.work_dir, [page])
     except UserError as error:  # the folder is in use: nothing is written there
         job.error = str(error)
-    if job.error:
-        print(f'{job.name} failed: {job.error}', file=sys.stderr, flush=True)
+        page = dict(
+            name=job.name, link=job.folder, error=job.error, rows=compare({}, {})
+        )
+    return page
 
 
 def run_steps(job: Job, descriptor: int) -> None:
@@ -286,7 +291,7 @@ def run_steps(job: Job, descriptor: int) -> None:
     elif finished:
         print(f'[1/4] Training: finished, {checkpoint}', flush=True)
     else:
-        checkpoint = train(job, descriptor)
+        checkpoint = train(job, checkpoint, descriptor)
     key = dict(checkpoint=identity(checkpoint), config=digests(job.cfg, TESTING))
     test(job, checkpoint, key, descriptor)
     draw_examples(job, checkpoint, key, descriptor)
@@ -299,6 +304,7 @@ def check(job: Job) -> None:
         UserError: As of ``preflight.check``; or if the training that is to go on has
             another seed than is asked for.
     """
+    init_default_scope(job.cfg.default_scope)  # the toolboxes differ between jobs
     if not look_at_training(job)[1]:
         preflight.check(job.cfg, ('train', 'val', 'test'))
 
@@ -331,17 +337,17 @@ def look_at_training(job: Job) -> tuple[str | None, bool]:
     return str(latest), done or ended
 
 
-def train(job: Job, descriptor: int) -> str:
-    """Train, or go on with it; returns the last checkpoint."""
+def train(job: Job, start: str | None, descriptor: int) -> str:
+    """Train, from the checkpoint ``start`` if there is one; returns the last one."""
     print(f'[1/4] Training: {job.work_dir}', flush=True)
-    command = tool(job, 'train', '--work-dir', job.work_dir, '--resume')
+    seed = [] if job.seed is None else [f'randomness.seed={job.seed}']
+    command = tool(job, 'train', '--work-dir', job.work_dir, '--resume', options=seed)
+    before = job.record.get('train', {}).get('changed', [])
     facts = dict(
         **provenance(command),
         processes=job.gpus or 1,
         config=digests(job.cfg, TRAINING),
-        changed=sorted(
-            {*job.record.get('train', {}).get('changed', []), *changed(job)}
-        ),
+        changed=sorted({*before, *changed(job)}) if start else [],
     )
     job.remember('train', **facts)
     call('train.py', command, descriptor)
@@ -367,14 +373,11 @@ def test(job: Job, checkpoint: str, key: dict, descriptor: int) -> None:
         *(job, 'test', checkpoint, '--work-dir', job.folder / 'test'),
         *('--out', out, '--out-item', 'metrics'),
     )
+    facts = provenance(command)
     call('test.py', command, descriptor)
+    scores, meta = mmengine.load(out), read_meta(checkpoint)
     job.remember(
-        'test',
-        key=key,
-        checkpoint=checkpoint,
-        meta=read_meta(checkpoint),
-        scores=mmengine.load(out),
-        **provenance(command),
+        'test', key=key, checkpoint=checkpoint, meta=meta, scores=scores, **facts
     )
 
 
@@ -390,40 +393,55 @@ def draw_examples(job: Job, checkpoint: str, key: dict, descriptor: int) -> None
         option, dataset = f'{option}.dataset', dataset.dataset
     hook = (job.cfg.get('default_hooks') or {}).get('visualization')
     if not hook or 'datasets' in dataset:
-        print('[3/4] Examples: none, the config has no visualization hook', flush=True)
+        print(
+            '[3/4] Examples: none. They need a visualization hook in default_hooks, '
+            'and one data set.',
+            flush=True,
+        )
         job.remember('examples', key=key)
         return
     print(f'[3/4] Examples: {folder}', flush=True)
     length = len(DATASETS.build(dataset))
     number = min(EXAMPLES, length)
-    indices = [(2 * i + 1) * length // (2 * number) for i in range(number)]
+    indices = ','.join(str((2 * i + 1) * length // (2 * number)) for i in range(number))
     command = tool(
         *(job, 'test', checkpoint, '--work-dir', job.folder / 'test'),
         *('--show-dir', folder),
-        options=[f'{option}.indices=[{",".join(map(str, indices))}]'],
+        options=[f'{option}.indices=[{indices}]'],
+        alone=True,
     )
+    facts = provenance(command)
     # Quiet, lest the scores of so few images be taken for a result.
     call('test.py', command, descriptor, quiet=True)
-    job.remember('examples', key=key, **provenance(command))
+    job.remember('examples', key=key, **facts)
 
 
 def tool(
-    job: Job, name: str, *arguments: Any, options: list[str] | None = None
-) -> list:
-    """The command line that runs train.py or test.py on the job's config.
+    job: Job,
+    name: str,
+    *arguments: Any,
+    options: Sequence[str] = (),
+    alone: bool = False,
+) -> list[str]:
+    """The command line of train.py or test.py.
 
-    With ``options``, settings for this command alone, it runs in one process.
+    Args:
+        job: The config, the settings that override it, the number of processes.
+        name: 'train' or 'test'.
+        *arguments: What follows the config.
+        options: Further settings, for this command.
+        alone: Whether one process does it: only the first of several draws pictures.
     """
-    options = [*job.options, *(options or [])]
-    positional = [job.config, *arguments[: name == 'test']]
-    flags = arguments[len(positional) - 1 :]
     tools = Path(os.path.relpath(ROOT / 'tools'))
-    if job.gpus and options == job.options:
+    positional, flags = [job.config], list(arguments)
+    if name == 'test':
+        positional.append(flags.pop(0))
+    if job.gpus and not alone:
         command = ['bash', tools / f'dist_{name}.sh', *positional, job.gpus, *flags]
     else:
         command = ['python', tools / f'{name}.py', *positional, *flags]
-    if options:
-        command += ['--cfg-options', *options]
+    if job.options or options:
+        command += ['--cfg-options', *job.options, *options]
     return [str(part) for part in command]
 
 
@@ -446,7 +464,7 @@ def call(name: str, command: list[str], descriptor: int, quiet: bool = False) ->
     run_command(f'tools/{name}', command, show, env=env, pass_fds=[descriptor])
 
 
-# ---------------------------------------------------------------------- what is on record
+# -------------------------------------------------------------------- what is on record
 
 
 def provenance(command: list[str]) -> dict[str, Any]:
@@ -478,7 +496,7 @@ def read_meta(checkpoint: str) -> dict[str, Any]:
     """Epoch, iteration and seed of a local checkpoint, as far as it has them."""
     if '://' in checkpoint:
         return {}
-    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger=None)
+    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger='silent')
     meta = content.get('meta') or {}
     return {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
 
@@ -493,17 +511,15 @@ def identity(checkpoint: str) -> str:
 
 def digests(cfg: Config, keys: tuple[str, ...]) -> dict[str, str]:
     """Fingerprints of parts of a config, without what only changes the speed."""
-    parts = {key: value for key, value in cfg.to_dict().items() if key in keys}
-    for key in parts:
-        if key.endswith('_dataloader'):
-            for speed in ('num_workers', 'persistent_workers', 'pin_memory'):
-                parts[key].pop(speed, None)
-    return {
-        key: hashlib.sha256(
-            json.dumps(value, sort_keys=True, default=str).encode()
-        ).hexdigest()[:16]
-        for key, value in parts.items()
-    }
+    speed = ('num_workers', 'persistent_workers', 'pin_memory')
+    found = {}
+    for key, part in cfg.to_dict().items():
+        if key in keys:
+            if key.endswith('_dataloader'):
+                part = {name: part[name] for name in part if name not in speed}
+            text = json.dumps(part, sort_keys=True, default=str)
+            found[key] = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return found
 
 
 def changed(job: Job) -> list[str]:
@@ -515,7 +531,7 @@ def changed(job: Job) -> list[str]:
     return sorted(key for key in before | now if before.get(key) != now.get(key))
 
 
-# -------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------ the log
 
 
 @dataclass
@@ -603,44 +619,53 @@ def plot(log: Log, paper: dict[str, float], by_epoch: bool, out: Path) -> bool:
     if not panels:
         return False
     figure, axes = plt.subplots(
-        1, panels, figsize=(5 * panels, 3.4), squeeze=False, layout='constrained'
+        1, panels, figsize=(5 * panels, 3.6), squeeze=False, layout='constrained'
     )
     axes = list(axes[0])
     if losses:
         axis = axes.pop(0)
         for key in sorted(losses, key='loss'.__ne__):
             points = [(line['step'], line[key]) for line in log.train if key in line]
-            total = key == 'loss'
-            axis.plot(
-                *zip(*points, strict=True),
-                label='total' if total else key.removeprefix('decode.'),
-                linewidth=2 if total else 1,
-                color='black' if total else None,
-                marker='.' if len(points) < 20 else None,
-            )
-        axis.set(xlabel='iteration', ylabel='training loss', ylim=(0, None))
-        axis.legend(fontsize=8, frameon=False)
+            if key == 'loss':
+                style = dict(label='total', linewidth=2, color='black')
+            elif len(losses) > 2:  # a single part is the total
+                style = dict(label=key.removeprefix('decode.'), linewidth=1)
+            else:
+                continue
+            marker = '.' if len(points) < 20 else None
+            axis.plot(*zip(*points, strict=True), marker=marker, **style)
+        axis.set(xlabel='iteration', ylabel='training loss')
+        axis.set_ylim(bottom=0)
     if scores:
         axis = axes.pop(0)
         for key in scores:
-            metric = METRICS.get(key, Metric(key))
+            label = METRICS.get(key, Metric(key)).label
             points = [(line['x'], per_cent(key, line)) for line in log.val]
             points = [(x, y) for x, y in points if y is not None]
             xs, ys = zip(*points, strict=True) if points else ((), ())
-            (curve,) = axis.plot(xs, ys, label=metric.label, marker='.')
+            (curve,) = axis.plot(xs, ys, label=label, marker='.')
             if key in paper:
                 axis.axhline(
                     paper[key],
                     color=curve.get_color(),
                     linestyle='--',
                     linewidth=1,
-                    label=f'{metric.label}, paper {paper[key]}',
+                    label=f'{label}, paper: {paper[key]}',
                 )
         axis.set(
-            xlabel='epoch' if by_epoch else 'iteration', ylabel='score on val, per cent'
+            xlabel='epoch' if by_epoch else 'iteration',
+            ylabel='validation score, per cent',
         )
-        axis.legend(fontsize=8, frameon=False)
     for axis in figure.axes:
+        axis.legend(
+            loc='lower left',
+            bbox_to_anchor=(0, 1),
+            ncols=3,
+            fontsize=8,
+            frameon=False,
+            borderaxespad=0,
+        )
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.spines[['top', 'right']].set_visible(False)
         axis.grid(alpha=0.25)
     figure.savefig(out, dpi=130)
@@ -648,7 +673,7 @@ def plot(log: Log, paper: dict[str, float], by_epoch: bool, out: Path) -> bool:
     return True
 
 
-# ------------------------------------------------------------------------------ the page
+# ----------------------------------------------------------------------------- the page
 
 
 def compare(scores: dict[str, Any], facts: dict[str, dict]) -> list[dict[str, str]]:
@@ -714,12 +739,11 @@ def notes_on(job: Job, facts: dict[str, dict], record: dict[str, dict]) -> list[
             )
     elif facts:
         notes.append('Trained by other means: how is not on record here.')
-    if parts := sorted(
-        {*trained.get('changed', []), *(changed(job) if trained else [])}
-    ):
+    if trained and (parts := sorted({*trained['changed'], *changed(job)})):
         notes.append(
-            f'The config was changed after the training had started: {", ".join(parts)}. '
-            'Train anew in another --work-dir for a result of this config alone.'
+            'The config was changed after the training had started: '
+            f'{", ".join(parts)}. Train anew in another --work-dir for a result of '
+            'this config alone.'
         )
     return notes
 
@@ -753,10 +777,10 @@ def describe(job: Job) -> dict[str, Any]:
         'Config': str(job.config),
         'Work dir': str(job.work_dir),
         'Checkpoint': checkpoint or 'none yet',
-        'Its identity': tested.get('key', {}).get('checkpoint', ''),
-        'Trained for': ', '.join(
-            f'{meta[unit]} {name}'
-            for unit, name in (('epoch', 'epochs'), ('iter', 'iterations'))
+        'Weights': tested.get('key', {}).get('checkpoint', ''),
+        'Trained to': ', '.join(
+            f'{name} {meta[unit]}'
+            for unit, name in (('epoch', 'epoch'), ('iter', 'iteration'))
             if meta.get(unit)
         ),
         'Seed': str(meta.get('seed', 'not in the checkpoint')) if tested else '',
@@ -801,20 +825,18 @@ def describe(job: Job) -> dict[str, Any]:
         about=[(key, value) for key, value in about.items() if value],
         steps=steps,
         curves=curves,
-        no_curves=f'{logs} has no log of losses or scores'
-        + (
-            ' (the logger writes every {} iterations)'.format(
-                logger.get('interval', 10)
-            )
-        ),
+        no_curves=f'{logs} has no log of losses or scores',
         examples=pictures,
-        scores=[(key, value) for key, value in scores.items() if is_number(value)],
+        caption=''
+        if job.cfg.default_scope == 'mmpretrain' or not pictures
+        else 'Left: ground truth; right: prediction.',
+        scores=[
+            (key, value)
+            for key, value in scores.items()
+            if isinstance(value, int | float)
+        ],
         environment=table,
     )
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 MARKDOWN = """\
@@ -877,6 +899,8 @@ None: {{ page.no_curves }}.
 
 ## Example predictions
 
+{{ page.caption }}
+
 {% for file in page.examples %}
 ![{{ file.stem }}]({{ file|path }})
 {% else %}
@@ -912,28 +936,31 @@ HTML = """\
 <style>
 :root {
   color-scheme: light dark;
-  --text: #1d2126; --soft: #5b6470; --line: #d9dde2; --back: #ffffff; --panel: #f4f6f8;
+  --text: #1d2126; --soft: #5b6470; --line: #d9dde2; --back: #fff; --panel: #f4f6f8;
   --good: #14713a; --bad: #b3261e; --other: #7a5a00;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --text: #e4e7eb; --soft: #9aa4b0; --line: #363c44; --back: #15181c; --panel: #1f2429;
+    --text: #e4e7eb; --soft: #9aa4b0; --line: #363c44; --back: #15181c;
+    --panel: #1f2429;
     --good: #6fd394; --bad: #ff8a80; --other: #e5c15c;
   }
 }
 body { color: var(--text); background: var(--back); max-width: 62rem; margin: 2rem auto;
   padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin-top: 2rem; }
 a { color: inherit; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; }
-th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top;
+  border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; }
 .facts td { overflow-wrap: anywhere; } .facts th { white-space: nowrap; }
-pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px; overflow-x: auto;
+pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px;
   font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-img { max-width: 100%; height: auto; border-radius: 6px; background: #fff; display: block; }
+img { max-width: 100%; height: auto; border-radius: 6px; background: #fff;
+  display: block; }
 figure { margin: 0; } figcaption { color: var(--soft); font-size: .8rem;
   overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1rem;
@@ -948,8 +975,9 @@ footer, .soft { color: var(--soft); }
 <th>Paper, RedNet</th><th>Paper, ResNet-50</th><th>Ours</th><th>Difference</th>
 <th>Tolerance</th><th>Verdict</th></tr>
 {% for page in pages %}{% for row in page.rows %}
-<tr>{% if pages|length > 1 %}<td><a href="{{ page.link|path }}.html">{{ page.name }}</a></td>
-{% endif %}{% for key, value in row.items() %}
+<tr>{% if pages|length > 1 %}
+<td><a href="{{ page.link|path }}.html">{{ page.name }}</a></td>{% endif %}
+{% for key, value in row.items() %}
 <td{% if key == 'verdict' %} class="{{ value.split()[0] }}"{% endif %}>{{ value }}</td>
 {% endfor %}</tr>
 {% endfor %}{% endfor %}
@@ -990,6 +1018,7 @@ footer, .soft { color: var(--soft); }
 <p>None: {{ page.no_curves }}.</p>
 {% endif %}
 <h2>Example predictions</h2>
+<p class="soft">{{ page.caption }}</p>
 <div class="grid">
 {% for file in page.examples %}
 <figure><img src="{{ file|embed }}" alt="{{ file.stem }}">
@@ -1050,7 +1079,10 @@ def write(folder: Path, pages: list[dict[str, Any]]) -> None:
     )
     for suffix, template in (('md', MARKDOWN), ('html', HTML)):
         jinja = Environment(
-            autoescape=suffix == 'html', trim_blocks=True, lstrip_blocks=True
+            autoescape=suffix == 'html',
+            trim_blocks=True,
+            lstrip_blocks=True,
+            keep_trailing_newline=True,
         )
         jinja.filters['embed'] = embed
         jinja.filters['path'] = lambda file: quote(os.path.relpath(file, folder))
@@ -1070,21 +1102,25 @@ def main() -> None:
                 try:
                     check(job)
                 except UserError as error:  # it may be put right before its turn
-                    print(f'{job.name} would fail: {error}', file=sys.stderr)
+                    print(f'Note: {job.name} would fail. {error}', flush=True)
+            pages = []
             for i, job in enumerate(jobs, 1):
                 print(f'== {job.name} ({i}/{len(jobs)})', flush=True)
-                reproduce(job)
+                pages.append(reproduce(job))
         except KeyboardInterrupt:
             sys.exit('\nInterrupted: the same command goes on from the last checkpoint')
         if len(jobs) > 1:
             folder = Path(args.work_dir or 'work_dirs')
             folder.mkdir(parents=True, exist_ok=True)
-            write(folder, [describe(job) for job in jobs])
-            print(f'== All in one table: {folder / "report.html"}')
-    for job in jobs:
-        for row in describe(job)['rows']:
-            print(f'{job.name}: {row["metric"]} {row["ours"]}')
-    sys.exit(any(job.error for job in jobs))
+            write(folder, pages)
+            print(f'== One table: {folder / "report.html"}')
+    for page in pages:
+        for row in page['rows']:
+            print(f'{page["name"]}: {row["metric"]} {row["ours"]}, {row["verdict"]}')
+    if failed := [page for page in pages if page['error']]:
+        sys.exit(
+            '\n'.join(f'Error: {page["name"]}: {page["error"]}' for page in failed)
+        )
 
 
 if __name__ == '__main__':
