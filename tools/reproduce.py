@@ -404,10 +404,13 @@ def draw_examples(job: Job, checkpoint: str, key: dict, descriptor: int) -> None
     length = len(DATASETS.build(dataset))
     number = min(EXAMPLES, length)
     indices = ','.join(str((2 * i + 1) * length // (2 * number)) for i in range(number))
+    options = [f'{option}.indices=[{indices}]']
+    if job.cfg.default_scope == 'mmpretrain':  # its text is illegible on small photos
+        options.append('default_hooks.visualization.rescale_factor=4')
     command = tool(
         *(job, 'test', checkpoint, '--work-dir', job.folder / 'test'),
         *('--show-dir', folder),
-        options=[f'{option}.indices=[{indices}]'],
+        options=options,
         alone=True,
     )
     facts = provenance(command)
@@ -461,7 +464,14 @@ def call(name: str, command: list[str], descriptor: int, quiet: bool = False) ->
         command = [str(python), *command[1:]]
     path = os.pathsep.join([str(python.parent), os.environ.get('PATH', '')])
     env = {**os.environ, 'PATH': path, 'PYTHONUNBUFFERED': '1'}
-    run_command(f'tools/{name}', command, show, env=env, pass_fds=[descriptor])
+    try:
+        run_command(f'tools/{name}', command, show, env=env, pass_fds=[descriptor])
+    except StepError as error:
+        # Our tools end with a message of their own; other last lines say less.
+        message = re.search(r'^Error: (.*)', str(error), re.MULTILINE | re.DOTALL)
+        raise StepError(
+            f'tools/{name}: {message[1].strip()}' if message else error
+        ) from None
 
 
 # -------------------------------------------------------------------- what is on record
@@ -635,7 +645,7 @@ def plot(log: Log, paper: dict[str, float], by_epoch: bool, out: Path) -> bool:
             marker = '.' if len(points) < 20 else None
             axis.plot(*zip(*points, strict=True), marker=marker, **style)
         axis.set(xlabel='iteration', ylabel='training loss')
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * axis.dataLim.ymax)
     if scores:
         axis = axes.pop(0)
         for key in scores:
@@ -665,7 +675,9 @@ def plot(log: Log, paper: dict[str, float], by_epoch: bool, out: Path) -> bool:
             frameon=False,
             borderaxespad=0,
         )
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(
+            MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1)
+        )
         axis.spines[['top', 'right']].set_visible(False)
         axis.grid(alpha=0.25)
     figure.savefig(out, dpi=130)
@@ -711,41 +723,37 @@ def compare(scores: dict[str, Any], facts: dict[str, dict]) -> list[dict[str, st
     return rows
 
 
-def notes_on(job: Job, facts: dict[str, dict], record: dict[str, dict]) -> list[str]:
-    """What keeps the difference to the paper from meaning what it seems to."""
-    notes = []
-    if not facts:
-        notes.append(
-            'The paper has no figure for this config: there is nothing to compare with.'
+def deviations(job: Job, trained: dict[str, Any]) -> list[str]:
+    """Where a training is known not to have followed the config's recipe.
+
+    Args:
+        job: The config, and the settings that override it.
+        trained: The record of its training; empty if it was not ours.
+    """
+    found = []
+    if job.options:
+        found.append(f'Not the config as it stands: {" ".join(job.options)}.')
+    if not trained:
+        return found
+    cfg, processes = job.cfg, trained['processes']
+    batch = processes * cfg.train_dataloader.get('batch_size', 1)
+    batch *= cfg.optim_wrapper.get('accumulative_counts', 1)
+    named = re.search(r'_(\d+)xb(\d+)', job.name)
+    recipe = (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or (
+        int(named[1]) * int(named[2]) if named else batch
+    )
+    if batch != recipe:
+        found.append(
+            f'{batch} images per iteration, over {processes} process'
+            f'{"es" if processes > 1 else ""}; the recipe is for {recipe}.'
         )
-    elif job.options:
-        notes.append(f'Not the config as it stands, but with {" ".join(job.options)}.')
-    trained = record.get('train', {})
-    if facts and trained:
-        cfg = job.cfg
-        batch = (
-            trained['processes']
-            * cfg.train_dataloader.get('batch_size', 1)
-            * cfg.optim_wrapper.get('accumulative_counts', 1)
-        )
-        named = re.search(r'_(\d+)xb(\d+)', job.name)
-        recipe = (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or (
-            int(named[1]) * int(named[2]) if named else batch
-        )
-        if batch != recipe:
-            notes.append(
-                f'Trained with {batch} images per iteration over '
-                f'{trained["processes"]} process(es); the recipe is for {recipe}.'
-            )
-    elif facts:
-        notes.append('Trained by other means: how is not on record here.')
-    if trained and (parts := sorted({*trained['changed'], *changed(job)})):
-        notes.append(
+    if parts := sorted({*trained['changed'], *changed(job)}):
+        found.append(
             'The config was changed after the training had started: '
             f'{", ".join(parts)}. Train anew in another --work-dir for a result of '
             'this config alone.'
         )
-    return notes
+    return found
 
 
 def describe(job: Job) -> dict[str, Any]:
@@ -770,9 +778,18 @@ def describe(job: Job) -> dict[str, Any]:
     meta = tested.get('meta', {})
     scores = tested.get('scores', {})
     rows = compare(scores, facts)
-    if job.error:
-        for row in rows:
-            row['verdict'] = 'failed' if row['ours'] == 'none' else row['verdict']
+    notes = deviations(job, record.get('train', {}))
+    for row in rows:
+        if job.error and row['ours'] == 'none':
+            row['verdict'] = 'failed'
+        elif notes and row['difference']:
+            row['verdict'] += ', by another recipe'
+    if not facts:
+        notes.append(
+            'The paper has no figure for this config: there is nothing to compare with.'
+        )
+    if not record.get('train'):
+        notes.append('Trained by other means: how is not on record here.')
     about = {
         'Config': str(job.config),
         'Work dir': str(job.work_dir),
@@ -821,7 +838,7 @@ def describe(job: Job) -> dict[str, Any]:
         error=job.error,
         rows=rows,
         tolerances=[f'{" and ".join(keys)} {text}' for text, keys in limits.items()],
-        notes=notes_on(job, facts, record),
+        notes=notes,
         about=[(key, value) for key, value in about.items() if value],
         steps=steps,
         curves=curves,
