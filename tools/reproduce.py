@@ -577,7 +577,7 @@ def read_log(folder: Path, by_epoch: bool) -> Log:
                 lines.append(json.loads(text))
         config = file.with_name('config.py')
         if not config.is_file() or not re.search(
-            r'^resume = True$', config.read_text(), re.MULTILINE
+            r'^resume *= *True$', config.read_text(), re.MULTILINE
         ):
             log = Log()
         first = next((line['step'] for line in lines if 'lr' in line), None)
