@@ -782,13 +782,16 @@ def describe(job: Job) -> dict[str, Any]:
     for row in rows:
         if job.error and row['ours'] == 'none':
             row['verdict'] = 'failed'
-        elif notes and row['difference']:
+            continue
+        if notes and row['difference']:
             row['verdict'] += ', by another recipe'
+        if job.error:
+            row['verdict'] += '; from before, this call failed'
     if not facts:
         notes.append(
             'The paper has no figure for this config: there is nothing to compare with.'
         )
-    if not record.get('train'):
+    if tested and not record.get('train'):
         notes.append('Trained by other means: how is not on record here.')
     about = {
         'Config': str(job.config),
@@ -811,7 +814,9 @@ def describe(job: Job) -> dict[str, Any]:
         )
         if 'command' in record.get(step, {})
     ]
-    environments = {name: step['environment'] for name, step in steps[:2]}
+    environments = {
+        name: step['environment'] for name, step in steps if 'Example' not in name
+    }
     keys = dict.fromkeys(key for env in environments.values() for key in env)
     table = []
     for key in keys:
@@ -1118,7 +1123,8 @@ def main() -> None:
             for job in jobs[1:]:
                 try:
                     check(job)
-                except UserError as error:  # it may be put right before its turn
+                except (UserError, pickle.UnpicklingError) as error:
+                    # It may be put right before its turn.
                     print(f'Note: {job.name} would fail. {error}', flush=True)
             pages = []
             for i, job in enumerate(jobs, 1):

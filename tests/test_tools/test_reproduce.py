@@ -385,19 +385,18 @@ def test_what_cannot_work_is_refused_at_once(
 
 
 def test_two_calls_do_not_share_a_work_dir(
-    segmenter, reproduce, quick_tools, ran, tmp_path
+    tool, segmenter, reproduce, quick_tools, ran, monkeypatch, tmp_path
 ):
-    fcntl = pytest.importorskip('fcntl')
-    (tmp_path / 'report').mkdir()
-    # As a training whose parent was killed: it holds the lock that it inherited.
-    with (tmp_path / 'report' / 'lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    arguments = [str(segmenter), '--work-dir', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
+    (job,) = tool.prepare(tool.parse_args())
+    # A training whose parent was killed keeps the lock that it inherited.
+    with tool.lock(job) as descriptor:
         child = subprocess.Popen(
             [sys.executable, '-c', 'input()'],
             stdin=subprocess.PIPE,
-            pass_fds=[lock.fileno()],
+            pass_fds=[descriptor],
         )
-    arguments = (segmenter, '--work-dir', tmp_path)
     try:
         message = reproduce(*arguments)
         assert f'{tmp_path} is in use' in message
@@ -481,6 +480,10 @@ def test_scores_logged_by_epoch(tool, tmp_path):
     write_log(tmp_path, '2', True, [train_line(100, 1), dict(mIoU=3, step=2)])
     log = tool.read_log(tmp_path, by_epoch=True)
     assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 3)]
+    # Epochs shorter than the logger's interval leave no line about losses.
+    write_log(tmp_path, '3', True, [dict(mIoU=4, step=2), dict(mIoU=5, step=3)])
+    log = tool.read_log(tmp_path, by_epoch=True)
+    assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 4), (3, 5)]
     # An iteration-based loop that logs by epoch says step 0: the last iteration counts.
     (tmp_path / 'other').mkdir()
     lines = [
@@ -556,6 +559,8 @@ def test_page_of_a_paper_config(tool, tmp_path):
         '2 images per iteration, over 1 process; the recipe is for 16.'
     ]
     assert page['rows'][0]['verdict'] == 'within tolerance, by another recipe'
+    job.error = 'no space left'
+    assert tool.describe(job)['rows'][0]['verdict'].endswith('this call failed')
     job.cfg.optim_wrapper.optimizer.lr = 1
     assert 'optim_wrapper' in tool.describe(job)['notes'][1]
     page = tool.describe(paper_job(tool, tmp_path, ['model.x=1']))
