@@ -33,20 +33,20 @@ class Involution2d(nn.Module):
     ``generator`` names another kernel-generation function:
 
     - ``'linear'``: the second 1x1 convolution alone, from all channels.
-    - ``'dot_product'``: what the query of the output pixel and the key of each pixel
-      of its window, and the query and a learned vector for each place in the window,
-      have in common; a group of channels is a head, and the kernels are applied to
-      values. Queries, keys and values are 1x1 convolutions:
+    - ``'dot_product'``: how well the query of the output pixel fits the key of each
+      pixel of its window plus a learned vector for that place in the window. A group
+      of channels is a head; the kernels are applied to values. Queries, keys and
+      values are 1x1 convolutions of the input:
 
       .. math::
           H_{n,g,u,v,i,j} = \frac{1}{\sqrt{C/G}} \sum_{c \in g} Q_{n,c,i,j}
           (K_{n,c,is+ud-p,js+vd-p} + R_{c,u,v})
 
-    - ``'attention'``: the same behind a softmax over the window. Local self-attention
-      (`Stand-Alone Self-Attention <https://arxiv.org/abs/1906.05909>`_), which the
-      paper counts among the instantiations of involution. Taps outside the image get
-      no weight: there is nothing to attend to, and with the weight that a key of zeros
-      would get the kernels would fade towards the border.
+    - ``'attention'``: the same behind a softmax over the window, which is local
+      self-attention as in `Stand-Alone Self-Attention in Vision Models
+      <https://arxiv.org/abs/1906.05909>`_; the paper counts self-attention among the
+      instantiations of involution. Taps outside the image get no weight: nothing is
+      there, and with the weight of a key of zeros the output would fade at the border.
 
     Args:
         channels (int): Number of input and output channels, a multiple of
