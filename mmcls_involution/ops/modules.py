@@ -126,7 +126,7 @@ class Involution2d(nn.Module):
                 f'channels in groups of {group_channels}; set group_channels to a '
                 f'divisor of {channels}'
             )
-        if generator not in GENERATORS:
+        if generator not in tuple(GENERATORS):  # a dict could not be looked up
             raise ValueError(
                 f'generator must be one of {list(GENERATORS)}, got {generator!r}'
             )
