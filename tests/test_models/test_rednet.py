@@ -214,6 +214,34 @@ def test_involution_cfg_reaches_every_involution():
     assert {m.reduction_ratio for m in involutions(model)} == {2}
 
 
+@pytest.mark.parametrize('generator', ['linear', 'dot_product', 'attention'])
+def test_every_generator_trains_every_parameter(generator):
+    cfg = dict(generator=generator)
+    model = RedNet(**SLIM, zero_init_residual=False, involution_cfg=cfg)
+    model.init_weights()
+    assert {m.generator for m in involutions(model)} == {generator}
+    model(torch.randn(2, 3, 65, 47))[0].square().mean().backward()
+    without = [n for n, p in model.named_parameters() if not p.grad.any()]
+    assert without == []
+
+
+def test_stem_of_convolutions_is_that_of_resnet():
+    """The same layers as MMPretrain's, so a deep ResNet's stem gives our output."""
+    resnet = pytest.importorskip('mmpretrain.models').ResNetV1d(depth=50)
+    resnet.eval()  # gives None
+    model = RedNet(**{**SLIM, 'stem_channels': 64}, stem_kernel_size=None).eval()
+    assert len(involutions(model)) == len(involutions(RedNet(**SLIM))) - 1
+    for norm in resnet.stem.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight)
+            nn.init.uniform_(norm.bias)
+    theirs = resnet.stem.state_dict().values()
+    state = dict(zip(model.stem.state_dict(), theirs, strict=True))
+    model.stem.load_state_dict(state)
+    x = torch.randn(1, 3, 33, 46)
+    torch.testing.assert_close(model.stem(x), resnet.stem(x))
+
+
 def test_blocks_start_as_the_identity():
     for zero in (True, False):
         model = RedNet(**SLIM, zero_init_residual=zero)
@@ -275,6 +303,26 @@ def test_weights_for_another_stem_are_refused(checkpoint):
     )
     with pytest.raises(ValueError, match='stem_kernel_size=3, the official detection'):
         model.init_weights()
+
+
+@pytest.mark.parametrize(
+    'change, key',
+    [
+        (dict(stem_kernel_size=None), r'conv1.conv.weight is \(4, 16, 1, 1\).*absent'),
+        (dict(involution_cfg=dict(generator='attention')), 'conv1.conv.*absent'),
+        (dict(involution_cfg=dict(generator='linear')), 'conv1.conv.*absent'),
+        (dict(involution_cfg=dict(reduction_ratio=2)), r'conv1.conv.*\(8, 16, 1, 1\)'),
+    ],
+)
+def test_weights_for_another_kind_of_stem_are_refused(change, key, checkpoint):
+    state = torch.load(checkpoint)['state_dict']
+    model = nn.ModuleDict(dict(backbone=RedNet(**SLIM, **change)))
+    with pytest.raises(ValueError, match=rf'backbone\.stem\.1\.{key}.*involution_cfg'):
+        model.load_state_dict(state)
+    # and the other way round
+    other = nn.ModuleDict(dict(backbone=RedNet(**SLIM)))
+    with pytest.raises(ValueError, match=r'backbone\.stem\.1\..*stem involutions'):
+        other.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -186,9 +186,10 @@ class RedNet(BaseModule):
             strided convolution. Defaults to False.
         frozen_stages (int): Stages to freeze (no gradients, eval mode): -1 none,
             0 the stem, n the stem and the first n stages. Defaults to -1.
-        stem_kernel_size (int): Kernel size of the stem's involution. The official
-            ImageNet models have 3, the official detection and segmentation
-            backbones 7. Defaults to 3.
+        stem_kernel_size (int, optional): Kernel size of the stem's involution. The
+            official ImageNet models have 3, the official detection and segmentation
+            backbones 7. None puts a 3x3 convolution in its place, which makes the stem
+            that of MMPretrain's ResNet with ``deep_stem``. Defaults to 3.
         involution_cfg (dict, optional): Arguments of :class:`Involution2d` for every
             involution; ``kernel_size`` is that of the bottlenecks, ``norm_cfg`` also
             that of the norm layer behind the stem's involution. Defaults to None:
@@ -207,8 +208,8 @@ class RedNet(BaseModule):
             Kaiming for convolutions, 1 for norm layers.
 
     Raises:
-        ValueError: If an argument is out of range, or a checkpoint for another
-            ``stem_kernel_size`` is loaded.
+        ValueError: If an argument is out of range, or a checkpoint for another stem is
+            loaded.
 
     Example:
         >>> import torch
@@ -243,7 +244,7 @@ class RedNet(BaseModule):
         style: str = 'pytorch',
         avg_down: bool = False,
         frozen_stages: int = -1,
-        stem_kernel_size: int = 3,
+        stem_kernel_size: int | None = 3,
         involution_cfg: dict | None = None,
         conv_cfg: dict | None = None,
         norm_cfg: dict | None = None,
@@ -293,9 +294,14 @@ class RedNet(BaseModule):
 
         half = stem_channels // 2
         stem_cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        if stem_kernel_size is None:
+            middle = build_conv_layer(conv_cfg, half, half, 3, padding=1, bias=False)
+        else:
+            cfg = {**involution_cfg, 'kernel_size': stem_kernel_size}
+            middle = Involution2d(half, **cfg)
         self.stem = nn.Sequential(
             ConvModule(in_channels, half, 3, stride=2, padding=1, **stem_cfg),
-            Involution2d(half, **{**involution_cfg, 'kernel_size': stem_kernel_size}),
+            middle,
             build_norm_layer(involution_cfg['norm_cfg'], half)[1],
             nn.ReLU(inplace=True),
             ConvModule(half, stem_channels, 3, padding=1, **stem_cfg),
@@ -357,16 +363,21 @@ class RedNet(BaseModule):
                     constant_init(module.bn3, 0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # MMEngine would log the wrong shape, skip it and train on.
-        key = 'stem.1.conv2.conv.weight'
-        theirs, ours = state_dict.get(prefix + key), self.stem[1].conv2.conv.weight
-        if theirs is not None and theirs.shape != ours.shape:
-            raise ValueError(
-                f'{prefix}{key} is {tuple(theirs.shape)} in the checkpoint and '
-                f'{tuple(ours.shape)} in the model: their stem involutions differ. '
-                'The official ImageNet models have stem_kernel_size=3, the official '
-                'detection and segmentation backbones 7; set the one of your weights'
-            )
+        # MMEngine would log what does not fit, skip it and train on.
+        ours = dict(self.stem[1].named_parameters(prefix=f'{prefix}stem.1'))
+        for key, theirs in state_dict.items():
+            # Convolutions' weights: norm layers may be fused into them.
+            if not key.startswith(f'{prefix}stem.1.') or theirs.dim() != 4:
+                continue
+            if key not in ours or ours[key].shape != theirs.shape:
+                here = tuple(ours[key].shape) if key in ours else 'absent'
+                raise ValueError(
+                    f'{key} is {tuple(theirs.shape)} in the checkpoint and {here} in '
+                    'the model: their stem involutions differ. The official ImageNet '
+                    'models have stem_kernel_size=3, the official detection and '
+                    'segmentation backbones 7; set the one of your weights, and '
+                    'involution_cfg where they were trained with another'
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
