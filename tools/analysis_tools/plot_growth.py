@@ -20,6 +20,7 @@ import matplotlib
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter  # noqa: E402
 
 CANDIDATES = ('two steps', 'fused')
 # name -> megapixels -> milliseconds and megabytes
@@ -95,11 +96,9 @@ def main() -> None:
             axis.set_xticks(sizes, [f'{size:.2g}' for size in sizes], minor=False)
             axis.set_xticks([], minor=True)
             axis.set_title(f'{title}, {"time" if unit == "ms" else "peak memory"}')
-            for formatter in (
-                axis.yaxis.set_major_formatter,
-                axis.yaxis.set_minor_formatter,
-            ):
-                formatter('{x:.3g}')
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter('{x:g}')
+            axis.yaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3, which='both')
             axis.legend()
     args.out.parent.mkdir(parents=True, exist_ok=True)

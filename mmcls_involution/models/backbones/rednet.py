@@ -104,7 +104,8 @@ class Bottleneck(BaseModule):
     def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = self.conv3(out)  # on a line of its own: its input is free before bn3 runs
+        out = self.bn3(out)
         out += x if self.downsample is None else self.downsample(x)
         return out
 
@@ -406,7 +407,10 @@ class RedNet(BaseModule):
         for i, name in enumerate(self.res_layers):
             x = getattr(self, name)(x)
             if i in self.out_indices:
-                outs.append(x.contiguous(memory_format=layout))
+                outs.append(x)
+        # Not earlier, when a level is an input still and would be there twice.
+        for i, level in enumerate(outs):
+            outs[i] = level.contiguous(memory_format=layout)
         return tuple(outs)
 
     def _stem(self, x: Tensor) -> Tensor:
