@@ -18,7 +18,9 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -59,7 +61,6 @@ def run_tool(name: str, *args: object) -> None:
     Raises:
         StepError: If it fails.
     """
-    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
     env = {
         **os.environ,
         'CUDA_VISIBLE_DEVICES': '',
@@ -68,26 +69,49 @@ def run_tool(name: str, *args: object) -> None:
         'OMP_NUM_THREADS': '1',
         'PYTHONWARNINGS': 'ignore',
     }
+
+    def show(line: str) -> None:
+        if progress := summarize(line):
+            print(f'  {progress}', flush=True)
+
+    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
+    run_command(f'tools/{name}', command, show, env=env)
+
+
+def run_command(
+    name: str, command: list[str], show: Callable[[str], None], **options: Any
+) -> None:
+    """Run a command, handing on each line that it prints; end it if we are ended.
+
+    Args:
+        name (str): What to call it, should it fail.
+        command (list[str]): Program and arguments.
+        show (Callable): Called with each line of its output, as it comes.
+        **options: For ``subprocess.Popen``.
+
+    Raises:
+        StepError: If it fails.
+    """
     tail: deque[str] = deque(maxlen=20)
     process = subprocess.Popen(
         command,
-        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        **options,
     )
     try:
         for line in process.stdout:
             tail.append(line)
-            if progress := summarize(line):
-                print(f'  {progress}', flush=True)
+            show(line)
         code = process.wait()
     finally:
         if process.poll() is None:
             process.terminate()
             process.wait()
     if code:
-        raise StepError(f'tools/{name} failed:\n\n{"".join(tail)}')
+        how = 'failed' if code > 0 else f'was ended by signal {-code}'
+        raise StepError(f'{name} {how}:\n\n{"".join(tail)}')
 
 
 def summarize(line: str) -> str | None:

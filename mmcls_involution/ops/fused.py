@@ -277,6 +277,8 @@ def _two_steps(
 
 _fused_involution2d.register_autograd(_backward, setup_context=_setup_context)
 _register_autocast('fused_involution2d', _fused_involution2d, tensors=4)
+# A backward pass under autocast stays in the dtype of the forward pass.
+_register_autocast('fused_involution2d_backward', _gradients, tensors=0)
 
 
 def _flops_of_steps(input_shape, reduced_shape, weight_shape, kernel_size):

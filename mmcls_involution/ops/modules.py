@@ -1,25 +1,52 @@
-"""`Involution2d`: the kernel generator and `involution2d`, as one module."""
+"""`Involution2d`: a kernel generator and `involution2d`, as one module."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from .functional import involution2d
+from .functional import _check_input, _grad_weight, _named_backend, involution2d
 from .fused import fused_involution2d, fusing_pays
+
+# Kernel-generation function -> its convolutions.
+GENERATORS = {
+    'bottleneck': ('conv1.conv', 'conv2.conv'),
+    'linear': ('conv2.conv',),
+    'dot_product': ('query', 'key', 'value', 'position'),
+    'attention': ('query', 'key', 'value', 'position'),
+}
 
 
 class Involution2d(nn.Module):
-    """Involution with kernels generated from the input itself.
+    r"""Involution with kernels generated from the input itself.
 
-    Equation 6 of `Involution: Inverting the Inherence of Convolution for Visual
-    Recognition <https://arxiv.org/abs/2103.06255>`_: a 1x1 convolution reduces the
-    channels, norm and activation follow, and a second 1x1 convolution spans one
-    K x K kernel per output pixel and channel group. The state dict has the keys and
-    shapes of the official code. Convolutions start from He's normal initialization
-    (fan-out, ReLU), as they do there.
+    By default with equation 6 of `Involution: Inverting the Inherence of Convolution
+    for Visual Recognition <https://arxiv.org/abs/2103.06255>`_: a 1x1 convolution
+    reduces the channels, norm and activation follow, and a second 1x1 convolution
+    spans one K x K kernel per output pixel and channel group. The state dict has the
+    keys and shapes of the official code. Convolutions start from He's normal
+    initialization (fan-out, ReLU), as they do there.
+
+    ``generator`` names another kernel-generation function:
+
+    - ``'linear'``: the second 1x1 convolution alone, from all channels.
+    - ``'dot_product'``: how well the query of the output pixel fits the key of each
+      pixel of its window plus a learned vector for that place in the window. A group
+      of channels is a head; the kernels are applied to values. Queries, keys and
+      values are 1x1 convolutions of the input:
+
+      .. math::
+          H_{n,g,u,v,i,j} = \frac{1}{\sqrt{C/G}} \sum_{c \in g} Q_{n,c,i,j}
+          (K_{n,c,is+ud-p,js+vd-p} + R_{c,u,v})
+
+    - ``'attention'``: the same behind a softmax over the window, which is local
+      self-attention as in `Stand-Alone Self-Attention in Vision Models
+      <https://arxiv.org/abs/1906.05909>`_; the paper counts self-attention among the
+      instantiations of involution. Taps outside the image get no weight: nothing is
+      there, and with the weight of a key of zeros the output would fade at the border.
 
     Args:
         channels (int): Number of input and output channels, a multiple of
@@ -30,18 +57,22 @@ class Involution2d(nn.Module):
         dilation (int): Spacing of the kernels' taps in pixels. Defaults to 1.
         group_channels (int): Number of channels that share a kernel.
             Defaults to 16.
-        reduction_ratio (int): Factor by which the first convolution reduces the
-            channels. Defaults to 4.
-        norm_layer (Callable[[int], nn.Module]): Makes the norm layer for a number
-            of channels. Defaults to ``nn.BatchNorm2d``.
-        act_layer (Callable[[], nn.Module]): Makes the activation.
+        reduction_ratio (int): Factor by which the first convolution of the bottleneck
+            reduces the channels. Other generators have none. Defaults to 4.
+        norm_layer (Callable[[int], nn.Module]): Makes the norm layer of the bottleneck
+            for a number of channels. Defaults to ``nn.BatchNorm2d``.
+        act_layer (Callable[[], nn.Module]): Makes the activation of the bottleneck.
             Defaults to ``nn.ReLU``.
         backend (str, optional): See :func:`involution2d`. Defaults to None.
         fused (bool, optional): Use :func:`fused_involution2d`, which stores no kernels:
             less memory, and in training one more generation of them. Defaults to None:
             what the environment variable ``MMCLS_INVOLUTION_FUSED`` says (1 or 0), else
             where it was measured to be faster. A convolution ``conv2.conv`` that has
-            been replaced or hooked is called as it is, never fused.
+            been replaced or hooked is called as it is, never fused. Kernels that do
+            not end in a convolution are never fused either.
+        generator (str): Kernel-generation function, ``'bottleneck'``, ``'linear'``,
+            ``'dot_product'`` or ``'attention'``, as above. Defaults to
+            ``'bottleneck'``.
 
     Shape:
         - Input: ``[N, channels, H, W]``, any H and W of at least 1.
@@ -49,8 +80,8 @@ class Involution2d(nn.Module):
 
     Raises:
         ValueError: If an argument is not a positive int, ``kernel_size`` is even,
-            ``channels`` is no multiple of ``group_channels`` or smaller than
-            ``reduction_ratio``.
+            ``channels`` is no multiple of ``group_channels`` or, for a bottleneck,
+            smaller than ``reduction_ratio``, or ``generator`` is unknown.
 
     Example:
         >>> import torch
@@ -71,6 +102,7 @@ class Involution2d(nn.Module):
         act_layer: Callable[[], nn.Module] = nn.ReLU,
         backend: str | None = None,
         fused: bool | None = None,
+        generator: str = 'bottleneck',
     ) -> None:
         super().__init__()
         for name, value in (
@@ -94,7 +126,11 @@ class Involution2d(nn.Module):
                 f'channels in groups of {group_channels}; set group_channels to a '
                 f'divisor of {channels}'
             )
-        if channels < reduction_ratio:
+        if generator not in tuple(GENERATORS):  # a dict could not be looked up
+            raise ValueError(
+                f'generator must be one of {list(GENERATORS)}, got {generator!r}'
+            )
+        if generator == 'bottleneck' and channels < reduction_ratio:
             raise ValueError(
                 f'channels must be at least reduction_ratio, got {channels} channels '
                 f'and a reduction ratio of {reduction_ratio}'
@@ -107,8 +143,8 @@ class Involution2d(nn.Module):
         self.reduction_ratio = reduction_ratio
         self.backend = backend
         self.fused = fused
+        self.generator = generator
 
-        reduced = channels // reduction_ratio
         groups = channels // group_channels
         # Partial windows at the border of odd sizes are averaged over the pixels
         # they hold; sizes that the stride divides have none.
@@ -117,54 +153,108 @@ class Involution2d(nn.Module):
             if stride > 1
             else nn.Identity()
         )
-        # Nested under these names for the official checkpoints' sake.
-        self.conv1 = nn.Sequential(
-            OrderedDict(
-                conv=nn.Conv2d(channels, reduced, 1, bias=False),
-                bn=norm_layer(reduced),
-                activate=act_layer(),
+        if 'query' in GENERATORS[generator]:
+            self.query = nn.Conv2d(channels, channels, 1, bias=False)
+            self.key = nn.Conv2d(channels, channels, 1, bias=False)
+            self.value = nn.Conv2d(channels, channels, 1, bias=False)
+            self.position = nn.Conv2d(
+                channels, kernel_size**2 * groups, 1, groups=groups, bias=False
             )
-        )
-        self.conv2 = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(reduced, kernel_size**2 * groups, 1))
-        )
+        else:
+            # Nested under these names for the official checkpoints' sake.
+            reduced = channels
+            self.conv1 = nn.Identity()
+            if generator == 'bottleneck':
+                reduced = channels // reduction_ratio
+                self.conv1 = nn.Sequential(
+                    OrderedDict(
+                        conv=nn.Conv2d(channels, reduced, 1, bias=False),
+                        bn=norm_layer(reduced),
+                        activate=act_layer(),
+                    )
+                )
+            self.conv2 = nn.Sequential(
+                OrderedDict(conv=nn.Conv2d(reduced, kernel_size**2 * groups, 1))
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Initialize the convolutions as the official module does."""
-        for conv in (self.conv1.conv, self.conv2.conv):
+        for name in GENERATORS[self.generator]:
+            conv = self.get_submodule(name)
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
-        nn.init.zeros_(self.conv2.conv.bias)
+            if conv.bias is not None:
+                nn.init.zeros_(conv.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` with kernels generated from it. See the class for shapes."""
-        reduced = self.conv1(self.avgpool(x))
         padding = self.dilation * (self.kernel_size - 1) // 2
-        span = self.conv2.conv
-        fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
-        if fused and type(span) is nn.Conv2d and not span._forward_hooks:
-            return fused_involution2d(
-                x,
-                reduced,
-                span.weight,
-                span.bias,
-                kernel_size=self.kernel_size,
-                stride=self.stride,
-                padding=padding,
-                dilation=self.dilation,
-                backend=self.backend,
-            )
-        groups = self.channels // self.group_channels
-        weight = self.conv2(reduced)
-        weight = weight.unflatten(1, (groups, self.kernel_size, self.kernel_size))
+        if 'query' in GENERATORS[self.generator]:
+            weight = self._relate(x, padding)
+            x = self.value(x)
+        else:
+            reduced = self.conv1(self.avgpool(x))
+            span = self.conv2.conv
+            fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
+            if fused and type(span) is nn.Conv2d and not span._forward_hooks:
+                return fused_involution2d(
+                    x,
+                    reduced,
+                    span.weight,
+                    span.bias,
+                    kernel_size=self.kernel_size,
+                    stride=self.stride,
+                    padding=padding,
+                    dilation=self.dilation,
+                    backend=self.backend,
+                )
+            weight = self._unflatten(self.conv2(reduced))
         return involution2d(
             x, weight, self.stride, padding, self.dilation, backend=self.backend
         )
+
+    def _unflatten(self, kernels: Tensor) -> Tensor:
+        """[N, G*K*K, Ho, Wo] to [N, G, K, K, Ho, Wo]."""
+        groups = self.channels // self.group_channels
+        return kernels.unflatten(1, (groups, self.kernel_size, self.kernel_size))
+
+    def _relate(self, x: Tensor, padding: int) -> Tensor:
+        """Kernels from queries, keys and positions."""
+        _check_input(x)
+        query = self.query(self.avgpool(x)) * self.group_channels**-0.5
+        positions = self._unflatten(self.position(query))
+        # Involution is linear in its kernels: the gradient of <query, involution of
+        # key> with respect to them is each query's product with each key of its window.
+        logits = positions + _grad_weight(
+            query,
+            self.key(x),
+            positions.shape,
+            *((v, v) for v in (self.stride, padding, self.dilation)),
+            _named_backend(self.backend),
+        )
+        if self.generator == 'dot_product':
+            return logits
+        rows, columns = (
+            self._inside(size, out, padding, x.device)
+            for size, out in zip(x.shape[2:], logits.shape[4:], strict=True)
+        )
+        inside = rows[:, None, :, None] & columns[:, None]
+        # The middle tap is always inside.
+        logits = logits.masked_fill(~inside, -torch.inf)
+        return self._unflatten(logits.flatten(2, 3).softmax(2).flatten(1, 2))
+
+    def _inside(
+        self, size: int, out: int, padding: int, device: torch.device
+    ) -> Tensor:
+        """Whether a tap lies in the image, along one of its sides: [K, out]."""
+        taps = torch.arange(self.kernel_size, device=device) * self.dilation - padding
+        pixels = torch.arange(out, device=device) * self.stride + taps[:, None]
+        return (pixels >= 0) & (pixels < size)
 
     def extra_repr(self) -> str:
         """The arguments, as they are written in Python."""
         return (
             f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
             f'dilation={self.dilation}, group_channels={self.group_channels}, '
-            f'reduction_ratio={self.reduction_ratio}'
+            f'reduction_ratio={self.reduction_ratio}, generator={self.generator!r}'
         )

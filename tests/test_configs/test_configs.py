@@ -167,6 +167,32 @@ def test_imagenet_configs_differ_in_depth_or_stem_alone(name):
     assert cfg == base
 
 
+ABLATIONS = {
+    **{f'k{size}': dict(kernel_size=size) for size in (3, 5, 9)},
+    **{f'g{channels}': dict(group_channels=channels) for channels in (1, 4, 32)},
+    **{f'r{ratio}': dict(reduction_ratio=ratio) for ratio in (1, 16)},
+    'linear': dict(generator='linear'),
+    'dot-product': dict(generator='dot_product'),
+    'attention': dict(generator='attention'),
+}
+ABLATIONS = {name: dict(involution_cfg=cfg) for name, cfg in ABLATIONS.items()}
+ABLATIONS['stem-conv'] = dict(stem_kernel_size=None)
+ABLATIONS = {f'rednet50-{n}_64xb32-warmup-coslr_in1k': c for n, c in ABLATIONS.items()}
+
+
+def test_every_ablation_is_listed():
+    folder = {file.stem for file in FILES if file.parent.name == 'ablations'}
+    assert folder == set(ABLATIONS)
+
+
+@pytest.mark.parametrize('name', ABLATIONS)
+def test_ablations_differ_in_one_argument_alone(name):
+    base = read('imagenet/rednet50_64xb32-warmup-coslr_in1k').to_dict()
+    assert not ABLATIONS[name].keys() & base['model']['backbone'].keys()
+    base['model']['backbone'].update(ABLATIONS[name])
+    assert read(f'ablations/{name}').to_dict() == base
+
+
 @pytest.mark.parametrize('name', COCO)
 def test_coco_schedules_are_the_papers(name):
     lr, warmup, max_norm = COCO[name]

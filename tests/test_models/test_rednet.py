@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
@@ -150,20 +152,44 @@ def test_norm_eval_reaches_the_involutions():
     assert model.training and model.layer1.training
 
 
-def test_with_cp_gives_the_same_gradients():
-    torch.manual_seed(0)
-    model = RedNet(**SLIM).double()
-    x = torch.randn(2, 3, 32, 32, dtype=torch.double)
-    gradients = []
-    for with_cp in (False, True):
-        for module in model.modules():
-            if hasattr(module, 'with_cp'):
-                module.with_cp = with_cp
-        model.zero_grad()
-        model(x)[0].sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed)
+@pytest.mark.parametrize('norm_eval', [False, True])
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_recomputing_changes_nothing(with_cp, norm_eval, monkeypatch):
+    """Of the stem, and of blocks: losses, gradients, running statistics."""
+    model = RedNet(**SLIM, norm_eval=norm_eval, with_cp=with_cp).double()
+    plain = copy.deepcopy(model)
+    monkeypatch.setattr(plain, '_stem_learns', lambda: False)
+    for module in plain.modules():
+        if hasattr(module, 'with_cp'):
+            module.with_cp = False
+    x = torch.randn(2, 3, 33, 31, dtype=torch.float64)
+    for network in (model, plain):
+        network.train()
+        network(x)[-1].square().mean().backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for (name, ours), theirs in zip(
+        model.named_buffers(), plain.buffers(), strict=True
+    ):
+        assert torch.equal(ours, theirs), name
+
+
+def test_training_keeps_nothing_of_the_stem():
+    """Of its 32 channels at half the image's size; 64 at a quarter come out of it."""
+    model, x = RedNet(**SLIM).train(), torch.randn(1, 3, 64, 48)
+    kept = []
+
+    def pack(tensor):
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    for recomputed in (True, False):
+        kept.clear()
+        if not recomputed:
+            model._stem_learns = lambda: False
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x)
+        assert any(shape[2:] == (32, 24) for shape in kept) != recomputed
 
 
 def test_norm_cfg_reaches_the_involutions_unless_they_have_their_own():
@@ -186,6 +212,34 @@ def test_involution_cfg_reaches_every_involution():
     assert stem.kernel_size == 3 and {m.kernel_size for m in others} == {5}
     assert {m.group_channels for m in involutions(model)} == {8}
     assert {m.reduction_ratio for m in involutions(model)} == {2}
+
+
+@pytest.mark.parametrize('generator', ['linear', 'dot_product', 'attention'])
+def test_every_generator_trains_every_parameter(generator):
+    cfg = dict(generator=generator)
+    model = RedNet(**SLIM, zero_init_residual=False, involution_cfg=cfg)
+    model.init_weights()
+    assert {m.generator for m in involutions(model)} == {generator}
+    model(torch.randn(2, 3, 65, 47))[0].square().mean().backward()
+    without = [n for n, p in model.named_parameters() if not p.grad.any()]
+    assert without == []
+
+
+def test_stem_of_convolutions_is_that_of_resnet():
+    """The same layers as MMPretrain's, so a deep ResNet's stem gives our output."""
+    resnet = pytest.importorskip('mmpretrain.models').ResNetV1d(depth=50)
+    resnet.eval()  # gives None
+    model = RedNet(**{**SLIM, 'stem_channels': 64}, stem_kernel_size=None).eval()
+    assert len(involutions(model)) == len(involutions(RedNet(**SLIM))) - 1
+    for norm in resnet.stem.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight)
+            nn.init.uniform_(norm.bias)
+    theirs = resnet.stem.state_dict().values()
+    state = dict(zip(model.stem.state_dict(), theirs, strict=True))
+    model.stem.load_state_dict(state)
+    x = torch.randn(1, 3, 33, 46)
+    torch.testing.assert_close(model.stem(x), resnet.stem(x))
 
 
 def test_blocks_start_as_the_identity():
@@ -249,6 +303,26 @@ def test_weights_for_another_stem_are_refused(checkpoint):
     )
     with pytest.raises(ValueError, match='stem_kernel_size=3, the official detection'):
         model.init_weights()
+
+
+@pytest.mark.parametrize(
+    'change, key',
+    [
+        (dict(stem_kernel_size=None), r'conv1.conv.weight is \(4, 16, 1, 1\).*absent'),
+        (dict(involution_cfg=dict(generator='attention')), 'conv1.conv.*absent'),
+        (dict(involution_cfg=dict(generator='linear')), 'conv1.conv.*absent'),
+        (dict(involution_cfg=dict(reduction_ratio=2)), r'conv1.conv.*\(8, 16, 1, 1\)'),
+    ],
+)
+def test_weights_for_another_kind_of_stem_are_refused(change, key, checkpoint):
+    state = torch.load(checkpoint)['state_dict']
+    model = nn.ModuleDict(dict(backbone=RedNet(**SLIM, **change)))
+    with pytest.raises(ValueError, match=rf'backbone\.stem\.1\.{key}.*involution_cfg'):
+        model.load_state_dict(state)
+    # and the other way round
+    other = nn.ModuleDict(dict(backbone=RedNet(**SLIM)))
+    with pytest.raises(ValueError, match=r'backbone\.stem\.1\..*stem involutions'):
+        other.load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -148,6 +148,27 @@ def test_autocast_runs_in_the_chosen_dtype(dtype, backward_inside):
     torch.testing.assert_close(out, fused_involution2d(*low, **arguments))
 
 
+def test_backward_under_autocast_of_a_forward_pass_without():
+    tensors, arguments = make((2, 32, 6, 5), 2, (7, 7), 1, 3, 1, torch.float32)
+    out = fused_involution2d(*tensors, **arguments)
+    expected = torch.autograd.grad(out.sum(), tensors, retain_graph=True)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out.sum().backward()
+    for tensor, grad in zip(tensors, expected, strict=True):
+        assert torch.equal(tensor.grad, grad)
+
+
+@backend_name
+@pytest.mark.parametrize('needed', [(True,) * 4, (True, False, False, True)])
+def test_opcheck_of_the_gradients(backend, needed):
+    tensors, arguments = make(*CASES['stride 2, odd'])
+    tensors = [t.detach() for t in tensors]
+    grad = torch.rand_like(fused_involution2d(*tensors, **arguments))
+    lists = [list(pair(value)) for value in arguments.values()]
+    operator = torch.ops.mmcls_involution.fused_involution2d_backward.default
+    opcheck(operator, (grad, *tensors, *lists, backend, list(needed)))
+
+
 @backend_name
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('name', ['stride 2, odd', 'unequal sides', 'empty batch'])

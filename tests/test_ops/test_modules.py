@@ -3,9 +3,15 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from op_cases import backend_name
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import Involution2d, modules
+
+GENERATORS = ['bottleneck', 'linear', 'dot_product', 'attention']
+every_generator = pytest.mark.parametrize('generator', GENERATORS)
 
 
 @pytest.mark.parametrize('kernel_size', [1, 3, 7])
@@ -29,8 +35,133 @@ def test_kernels_come_from_the_pooled_input():
     x = torch.randn(2, 8, 6, 4)
     pooled = nn.functional.avg_pool2d(x, 2, 2)
     weight = module.conv2(module.conv1(pooled)).view(2, 2, 1, 9, 3, 2)
-    columns = nn.functional.unfold(x, 3, 1, 1, 2).view(2, 2, 4, 9, 3, 2)
+    columns = F.unfold(x, 3, 1, 1, 2).view(2, 2, 4, 9, 3, 2)
     torch.testing.assert_close(module(x), (columns * weight).sum(3).view(2, 8, 3, 2))
+
+
+def by_unfolding(module, x):
+    """What the other generators stand for, written out with every window in memory."""
+    n, c, *size = x.shape
+    groups, taps = c // module.group_channels, module.kernel_size**2
+    stride, dilation = module.stride, module.dilation
+    padding = dilation * (module.kernel_size - 1) // 2
+    out = [(side - 1) // stride + 1 for side in size]
+
+    def windows(features):
+        columns = F.unfold(features, module.kernel_size, dilation, padding, stride)
+        return columns.view(n, -1, module.group_channels, taps, *out)
+
+    pooled = F.avg_pool2d(x, stride, stride, 0, ceil_mode=True, count_include_pad=False)
+    if module.generator == 'linear':
+        kernels, values = module.conv2.conv(pooled).view(n, groups, taps, *out), x
+    else:
+        queries = module.query(pooled).view(n, groups, -1, 1, *out)
+        places = module.position.weight.view(groups, taps, -1, 1, 1).transpose(1, 2)
+        products = queries * (windows(module.key(x)) + places)
+        kernels = products.sum(2) / module.group_channels**0.5
+        values = module.value(x)
+    if module.generator == 'attention':
+        padded = windows(torch.ones_like(x))[:, :, 0] == 0
+        kernels = kernels.masked_fill(padded, -torch.inf).softmax(2)
+    return (kernels.unsqueeze(2) * windows(values)).sum(3).view(n, c, *out)
+
+
+@backend_name
+@pytest.mark.parametrize('generator', GENERATORS[1:])
+@pytest.mark.parametrize('kernel_size', [1, 3, 7])
+@pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (3, 2)])
+@pytest.mark.parametrize('size', [(1, 1), (2, 3), (9, 8)])
+def test_generators_are_what_they_stand_for(
+    backend, generator, kernel_size, stride, dilation, size
+):
+    module = Involution2d(
+        *(6, kernel_size, stride, dilation),
+        group_channels=3,
+        backend=backend,
+        generator=generator,
+    ).double()
+    x = torch.randn(2, 6, *size, dtype=torch.double, requires_grad=True)
+    ours, expected = module(x), by_unfolding(module, x)
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    tensors = [x, *module.parameters()]
+    grad = torch.randn_like(ours)
+    for found, wanted in zip(
+        torch.autograd.grad(ours, tensors, grad),
+        torch.autograd.grad(expected, tensors, grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('generator', GENERATORS[1:])
+def test_gradients_of_gradients(generator):
+    module = Involution2d(
+        *(4, 3, 2), group_channels=2, fused=False, generator=generator
+    ).double()
+    names, parameters = zip(*module.named_parameters(), strict=True)
+
+    def call(x, *parameters):
+        state = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(module, state, x)
+
+    x = torch.randn(1, 4, 3, 4, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(call, (x, *parameters))
+    assert torch.autograd.gradgradcheck(call, (x, *parameters))
+
+
+@pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 3)])
+def test_attention_does_not_fade_at_the_border(stride, dilation):
+    """Its weights sum to one within the image, so equal values stay what they are."""
+    module = Involution2d(8, 5, stride, dilation, 4, generator='attention').double()
+    pixel = torch.randn(1, 8, 1, 1, dtype=torch.double)
+    out = module(pixel.expand(1, 8, 7, 6))
+    torch.testing.assert_close(out, module.value(pixel).expand_as(out))
+
+
+@pytest.mark.parametrize('generator', ['bottleneck', 'linear'])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_fused_equals_two_steps(generator, stride, monkeypatch):
+    calls = []
+
+    def spy(*arguments, **options):
+        calls.append(arguments)
+        return fused(*arguments, **options)
+
+    fused = modules.fused_involution2d
+    monkeypatch.setattr(modules, 'fused_involution2d', spy)
+    module = Involution2d(16, stride=stride, generator=generator).double()
+    x = torch.randn(2, 16, 9, 7, dtype=torch.double, requires_grad=True)
+    tensors, results = [x, *module.parameters()], []
+    for module.fused in (False, True):
+        out = module(x)
+        grads = torch.autograd.grad(out.square().sum(), tensors)
+        results.append([out, *grads])
+    assert len(calls) == 1
+    for two_steps, one in zip(*results, strict=True):
+        torch.testing.assert_close(one, two_steps, rtol=1e-10, atol=1e-10)
+
+    module.conv2.conv.register_forward_hook(lambda *_: calls.append('hook'))
+    module(x)
+    assert calls[1:] == ['hook']
+
+
+@pytest.mark.parametrize('fused', [False, True])
+@pytest.mark.parametrize('stride', [1, 2])
+@every_generator
+def test_flops_are_those_of_the_formula(generator, stride, fused):
+    c, k, (h, w) = 32, 5, (8, 6)
+    module = Involution2d(c, k, stride, fused=fused, generator=generator)
+    with FlopCounterMode(display=False) as counter:
+        module(torch.randn(1, c, h, w))
+    pixels, outputs = h * w, h * w // stride**2
+    span = k**2 * c // 16
+    if generator in ('bottleneck', 'linear'):
+        reduced = c // 4 if generator == 'bottleneck' else 0
+        generate = outputs * (c * reduced + (reduced or c) * span)
+    else:
+        projections = (2 * pixels + outputs) * c**2
+        generate = projections + outputs * 2 * k**2 * c  # keys and positions
+    assert counter.get_total_flops() == 2 * (generate + outputs * k**2 * c)
 
 
 def test_state_dict_has_the_official_names():
@@ -47,6 +178,47 @@ def test_state_dict_has_the_official_names():
     }
 
 
+@pytest.mark.parametrize(
+    'generator, expected',
+    [
+        ('linear', {'conv2.conv.weight': (98, 32, 1, 1), 'conv2.conv.bias': (98,)}),
+        *(
+            (
+                generator,
+                {
+                    'query.weight': (32, 32, 1, 1),
+                    'key.weight': (32, 32, 1, 1),
+                    'value.weight': (32, 32, 1, 1),
+                    'position.weight': (98, 16, 1, 1),
+                },
+            )
+            for generator in ('dot_product', 'attention')
+        ),
+    ],
+)
+def test_state_dict_of_other_generators(generator, expected):
+    state = Involution2d(32, generator=generator).state_dict()
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+
+
+@every_generator
+def test_initialization_reaches_every_convolution(generator):
+    torch.manual_seed(0)
+    module = Involution2d(256, generator=generator)
+    convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convs:
+        deviation = (2 / conv.out_channels) ** 0.5
+        assert conv.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert conv.bias is None or not conv.bias.any()
+        nn.init.constant_(conv.weight, 7)
+    module.reset_parameters()
+    assert not any((conv.weight == 7).any() for conv in convs)
+
+
+def test_only_a_bottleneck_reduces_channels():
+    assert Involution2d(2, group_channels=2, generator='linear').channels == 2
+
+
 def test_norm_and_activation_are_exchangeable():
     module = Involution2d(
         16, norm_layer=lambda features: nn.GroupNorm(2, features), act_layer=nn.SiLU
@@ -58,8 +230,9 @@ def test_norm_and_activation_are_exchangeable():
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-def test_trains_under_autocast(dtype):
-    module = Involution2d(32, stride=2)
+@every_generator
+def test_trains_under_autocast(generator, dtype):
+    module = Involution2d(32, stride=2, generator=generator)
     with torch.autocast('cpu', dtype=dtype):
         out = module(torch.randn(2, 32, 9, 7))
     assert out.dtype == dtype
@@ -69,9 +242,11 @@ def test_trains_under_autocast(dtype):
         assert parameter.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('stride', [1, 2])
-def test_export_with_dynamic_sizes(stride):
-    module = Involution2d(16, stride=stride).eval()
+@pytest.mark.parametrize(
+    'stride, generator', [(1, 'bottleneck'), (2, 'bottleneck'), (2, 'attention')]
+)
+def test_export_with_dynamic_sizes(stride, generator):
+    module = Involution2d(16, stride=stride, generator=generator).eval()
     auto = torch.export.Dim.AUTO
     program = torch.export.export(
         module,
@@ -83,8 +258,9 @@ def test_export_with_dynamic_sizes(stride):
         torch.testing.assert_close(program(x), module(x))
 
 
-def test_compile_without_graph_breaks_for_changing_sizes():
-    module = Involution2d(16, 3, stride=2)
+@pytest.mark.parametrize('generator', ['bottleneck', 'attention'])
+def test_compile_without_graph_breaks_for_changing_sizes(generator):
+    module = Involution2d(16, 3, stride=2, generator=generator)
     # Inductor's C++ compilation takes minutes and none of it is ours.
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend='aot_eager')
     for size in [(9, 7), (6, 10)]:
@@ -92,8 +268,9 @@ def test_compile_without_graph_breaks_for_changing_sizes():
         torch.testing.assert_close(compiled(x), module(x))
 
 
-def test_channels_last_stays_channels_last():
-    module = Involution2d(32).to(memory_format=torch.channels_last)
+@every_generator
+def test_channels_last_stays_channels_last(generator):
+    module = Involution2d(32, generator=generator).to(memory_format=torch.channels_last)
     x = torch.randn(2, 32, 9, 7)
     out = module(x.contiguous(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -110,6 +287,14 @@ def test_channels_last_stays_channels_last():
         ({'channels': 16, 'stride': 0}, 'stride must be a positive int, got 0'),
         ({'channels': 16, 'dilation': 1.0}, 'dilation must be a positive int, got 1.0'),
         ({'channels': '16'}, "channels must be a positive int, got '16'"),
+        (
+            {'channels': 16, 'generator': 'conv'},
+            "generator must be one of .*'linear', 'dot_product', .*, got 'conv'",
+        ),
+        (
+            {'channels': 16, 'generator': dict(type='linear')},
+            "generator must be one of .*, got {'type': 'linear'}",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, message):
@@ -118,8 +303,11 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 
 def test_repr_shows_the_arguments():
-    text = repr(Involution2d(32, kernel_size=5, stride=2))
-    assert 'Involution2d(\n  32, kernel_size=5, stride=2, dilation=1' in text
+    text = repr(Involution2d(32, kernel_size=5, stride=2, generator='linear'))
+    assert (
+        'Involution2d(\n  32, kernel_size=5, stride=2, dilation=1, group_channels=16, '
+        "reduction_ratio=4, generator='linear'\n"
+    ) in text
 
 
 def test_ops_import_torch_alone():

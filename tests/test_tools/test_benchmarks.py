@@ -2,12 +2,14 @@
 
 import csv
 import ctypes
+import importlib
 import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import cv2
 import pytest
 import torch
 
@@ -37,34 +39,51 @@ def test_dry_run_lists_backends_and_shapes(tmp_path):
     assert not (tmp_path / 'a').exists()
 
 
-@pytest.mark.parametrize('forward_only', [False, True])
-def test_operator(tmp_path, forward_only):
-    path = tmp_path / 'op.csv'
-    arguments = ['--image', '1x32x32', '--rounds', '1', '--depth', '26', '--out', path]
-    if forward_only:
-        arguments += ['--forward-only', '--backend', 'tap_sum']
-    out = run('benchmark_op.py', *arguments)
+def read(path):
     with path.open() as file:
-        rows = list(csv.DictReader(file))
-    candidates = {'tap_sum', 'conv3x3', 'two steps', 'fused'}
-    if forward_only:
-        assert {row['candidate'] for row in rows} == candidates
-        assert {row['backward_ms'] for row in rows} == {'nan'}
-    else:
-        assert {row['candidate'] for row in rows} >= {*candidates, 'reference'}
-        assert all(float(row['peak_memory_mb']) > 0 for row in rows)
-    assert all(float(row['forward_ms']) > 0 for row in rows)
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def operator_run(tmp_path_factory):
+    """What the benchmark prints, and its file."""
+    path = tmp_path_factory.mktemp('op') / 'op.csv'
+    arguments = ['--image', '1x32x32', '1x48x32', '--rounds', '1', '--depth', '26']
+    return run('benchmark_op.py', *arguments, '--out', path), path
+
+
+@pytest.fixture(scope='module')
+def model_run(tmp_path_factory):
+    path = tmp_path_factory.mktemp('model') / 'model.csv'
+    arguments = ['--shape', '2x3x32x32', '2x3x48x32', '--rounds', '1']
+    out = run('benchmark_model.py', *arguments, '--treatment', 'fused', '--out', path)
+    return out, path
+
+
+def test_operator(operator_run):
+    out, path = operator_run
+    rows = read(path)
+    candidates = {'tap_sum', 'conv3x3', 'two steps', 'fused', 'reference'}
+    assert {row['candidate'] for row in rows} >= candidates
+    for column in ('peak_memory_mb', 'forward_ms', 'backward_ms'):
+        assert all(float(row[column]) > 0 for row in rows)
     assert 'times faster, geometric mean over the shapes' in out
     assert 'USDT' not in out
 
 
-def test_model(tmp_path):
-    path = tmp_path / 'model.csv'
-    arguments = ['--shape', '2x3x32x32', '--rounds', '1', '--treatment', 'fused']
-    run('benchmark_model.py', *arguments, '--out', path)
-    with path.open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row['what'] for row in rows] == [
+def test_forward_pass_of_one_backend(tmp_path):
+    path = tmp_path / 'op.csv'
+    arguments = ['--image', '1x32x32', '--rounds', '1', '--depth', '26', '--out', path]
+    run('benchmark_op.py', *arguments, '--forward-only', '--backend', 'tap_sum')
+    rows = read(path)
+    candidates = {'tap_sum', 'conv3x3', 'two steps', 'fused'}
+    assert {row['candidate'] for row in rows} == candidates
+    assert {row['backward_ms'] for row in rows} == {'nan'}
+
+
+def test_model(model_run):
+    rows = read(model_run[1])
+    assert [row['what'] for row in rows] == 2 * [
         'inference, fused',
         'training step',
         'training step, channels_last',
@@ -73,6 +92,35 @@ def test_model(tmp_path):
         ratio = float(row['RedNet ms']) / float(row['ResNet ms'])
         assert float(row['time ratio']) == pytest.approx(ratio)
         assert float(row['memory ratio']) > 0
+
+
+def test_growth_is_plotted(operator_run, model_run, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    plot_growth = importlib.import_module('plot_growth')
+    picture = tmp_path / 'growth.png'
+    files = ['--op', operator_run[1], '--model', model_run[1], '--out', picture]
+    monkeypatch.setattr(sys, 'argv', ['plot_growth.py', *map(str, files)])
+    plot_growth.main()
+    assert cv2.imread(str(picture)).std() > 10
+    curves = plot_growth.involutions(operator_run[1])
+    rows = [r for r in read(operator_run[1]) if r['candidate'] == 'fused']
+    small = [r for r in rows if r['image'] == '1x32x32']
+    time, memory = curves['fused'][32 * 32 / 1e6]
+    assert memory == max(float(r['peak_memory_mb']) for r in small)
+    steps = [
+        int(r['layers']) * (float(r['forward_ms']) + float(r['backward_ms']))
+        for r in small
+    ]
+    assert time == pytest.approx(sum(steps))
+    assert set(plot_growth.networks(model_run[1])) == {'RedNet', 'ResNet'}
+
+
+def test_growth_without_figures(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    plot_growth = importlib.import_module('plot_growth')
+    monkeypatch.setattr(sys, 'argv', ['plot_growth.py', '--op', str(tmp_path / 'a')])
+    with pytest.raises(SystemExit, match='a is not there: run the benchmark'):
+        plot_growth.main()
 
 
 CUDA_AS_CPP = r"""

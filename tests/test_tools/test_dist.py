@@ -1,11 +1,18 @@
-"""The launchers: two gloo processes on the CPU, and what Slurm would be asked."""
+"""Several processes: the launchers, two gloo processes on the CPU beside one, and what
+Slurm would be asked.
+
+Two processes and one add the same float32 numbers in another order. Here their losses
+and weights differ by less than 1e-6; the tests allow RTOL.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,17 +21,33 @@ torch = pytest.importorskip('torch')
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT / 'tools'
+TINY = ROOT / 'tests' / 'tiny'
+RTOL = 1e-5
+
+on_cpu = pytest.mark.skipif(
+    torch.cuda.is_available(), reason='about machines without a GPU'
+)
+
+
+def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [*map(str, command)],
+        env={
+            **os.environ,
+            'PYTHONPATH': os.pathsep.join(map(str, (ROOT, TINY))),
+            'OMP_NUM_THREADS': '1',
+            **env,
+        },
+        capture_output=True,
+        text=True,
+    )
 
 
 def run(script: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess:
     # As in an activated environment; `bin` comes before it.
     folders = (env.pop('bin', ''), str(Path(sys.executable).parent), os.environ['PATH'])
-    path = os.pathsep.join(folders)
-    return subprocess.run(
-        ['bash', TOOLS / script, *map(str, arguments)],
-        env={**os.environ, 'PYTHONPATH': str(ROOT), 'PATH': path, **env},
-        capture_output=True,
-        text=True,
+    return execute(
+        'bash', TOOLS / script, *arguments, PATH=os.pathsep.join(folders), **env
     )
 
 
@@ -34,20 +57,104 @@ def free_port() -> str:
         return str(s.getsockname()[1])
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='about machines without a GPU')
-def test_two_processes_train_on_cpu(seg_root, tmp_path):
+def logged(work_dir: Path, key: str) -> list[float]:
+    """What the runs in a work dir logged, one after the other."""
+    files = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    return [line[key] for line in lines if key in line]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=False)['state_dict']
+
+
+def assert_same_training(one: Path, two: Path, last: str) -> None:
+    """Equal loss curves, and equal weights in the last checkpoint."""
+    curve = logged(one, 'loss')
+    assert curve[-1] < curve[0]  # it learns, so the weights matter
+    assert logged(two, 'loss') == pytest.approx(curve, rel=RTOL)
+    torch.testing.assert_close(
+        weights(two / last), weights(one / last), rtol=RTOL, atol=1e-6
+    )
+
+
+@on_cpu
+def test_two_processes_train_as_one(seg_root, tmp_path):
+    """An interrupted run, and its resumption on two "machines" of one process each."""
     pytest.importorskip('mmseg')
+    config = TINY / 'segmenter_parity.py'
+    one, two, data = tmp_path / 'one', tmp_path / 'two', dict(TINY_DATA=str(seg_root))
+    result = execute(
+        sys.executable, TOOLS / 'train.py', config, '--work-dir', one, **data
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    flags = ['--work-dir', two, '--cfg-options', 'train_dataloader.batch_size=1']
     result = run(
-        'dist_train.sh', ROOT / 'tests' / 'tiny' / 'segmenter.py', '2',
-        '--work-dir', tmp_path,
-        PORT=free_port(), TINY_DATA=str(seg_root), OMP_NUM_THREADS='1',
+        'dist_train.sh', config, '2', *flags, 'train_cfg.max_iters=3',
+        PORT=free_port(), **data,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('No GPU: the processes communicate by gloo') == 1
     assert 'Iter(val) [2/2]' in result.stdout  # four pictures over two processes
-    state = torch.load(tmp_path / 'iter_2.pth', weights_only=False)
-    assert state['meta']['iter'] == 2
+
+    def machine(rank: str) -> subprocess.CompletedProcess:
+        nodes = dict(NNODES='2', NODE_RANK=rank, PORT=port)
+        return run('dist_train.sh', config, '1', '--resume', *flags, **nodes, **data)
+
+    port = free_port()
+    with ThreadPoolExecutor() as pool:
+        for result in pool.map(machine, '01'):
+            assert result.returncode == 0, result.stderr[-3000:]
+
+    assert len(logged(two, 'loss')) == 6
+    assert_same_training(one, two, 'iter_6.pth')
+    for key in ('mIoU', 'lr'):
+        assert logged(two, key) == pytest.approx(logged(one, key), rel=RTOL)
+    state = torch.load(two / 'iter_6.pth', weights_only=False)
+    assert state['meta']['iter'] == 6
     assert not any(key.startswith('module.') for key in state['state_dict'])
+
+
+@pytest.fixture(scope='module')
+def two_processes(cls_root, tmp_path_factory) -> Path:
+    """The folder that tests/tiny/two_processes.py has filled."""
+    pytest.importorskip('mmpretrain')
+    folder = tmp_path_factory.mktemp('two_processes')
+    result = execute(
+        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+        f'--master_port={free_port()}', TINY / 'two_processes.py', folder,
+        TINY_DATA=str(cls_root), MMCLS_INVOLUTION_FUSED='1',
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+STAGES = ['stem', 'layer1', 'layer2', 'layer3', 'layer4']
+
+
+@on_cpu
+@pytest.mark.parametrize(
+    ('case', 'frozen'),
+    [
+        *((f'frozen_stages={n}', STAGES[: n + 1]) for n in range(-1, 5)),
+        ('with_cp', []),
+        ('unused stage', ['layer4']),
+        ('fully_shard', STAGES[:2]),
+    ],
+)
+def test_wrapped_rednet(case, frozen, two_processes):
+    result = json.loads((two_processes / 'results.json').read_text())[case]
+    assert result['two'] == pytest.approx(result['one'], rel=RTOL)
+    assert result['difference'] < RTOL
+    assert result['changed'] == sorted({*STAGES, 'head'} - {*frozen})
+
+
+@on_cpu
+def test_fsdp_strategy_trains_and_resumes_as_one_process(two_processes):
+    one, two = two_processes / 'one', two_processes / 'fsdp'
+    assert len(logged(two, 'loss')) == 4
+    assert_same_training(one, two, 'epoch_2.pth')
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@
 #     [PYTHON=python] [OUT=work_dirs/gpu] tools/analysis_tools/benchmark_gpu.sh
 #
 # Needs torch for CUDA with its Triton, and one NVIDIA GPU of 80 GB; CuPy for the plain
-# CUDA kernels; MMEngine, MMCV (mmcv-lite will do) and MMPretrain for the networks.
+# CUDA kernels; MMEngine, MMCV (mmcv-lite will do), MMPretrain for the networks;
+# matplotlib.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
@@ -28,6 +29,14 @@ for dtype in fp32 bf16; do
 done
 $PYTHON $TOOLS/benchmark_model.py --device cuda --amp --rounds 20 \
   --shape $NETWORKS --out "$OUT/model_amp.csv" 2>&1 | tee "$OUT/model_amp.txt"
+growth=""
+for side in 256 512 768 1024; do growth="$growth 8x${side}x$side"; done
+$PYTHON $TOOLS/benchmark_op.py --device cuda --image $growth --dtype bf16 \
+  --backend triton --channels-last --out "$OUT/growth_op.csv" 2>&1 | tee "$OUT/growth_op.txt"
+$PYTHON $TOOLS/benchmark_model.py --device cuda --amp --rounds 20 --treatment eager \
+  --shape ${growth//8x/8x3x} --out "$OUT/growth_model.csv" 2>&1 | tee "$OUT/growth_model.txt"
+$PYTHON $TOOLS/plot_growth.py --op "$OUT/growth_op.csv" --model "$OUT/growth_model.csv" \
+  --out "$OUT/growth.png"
 echo "Written: $OUT"
 [ $failed = 0 ] || echo "The tests failed: see $OUT/tests.txt"
 exit $failed

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.utils.checkpoint as cp
@@ -15,6 +16,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmcls_involution.ops.geometry import memory_format
 
 from ..layers import Involution2d
+
+
+def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module):
+    """`function(x)`, run again in the backward pass instead of kept; it uses `module`.
+
+    Unlike a bare checkpoint, this updates running statistics once.
+    """
+
+    @contextmanager
+    def on_copies_of_buffers() -> Iterator[None]:
+        own = [(m, m._buffers) for m in module.modules() if m._buffers]
+        for m, buffers in own:
+            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
+        try:
+            yield
+        finally:
+            for m, buffers in own:
+                m._buffers = buffers
+
+    return cp.checkpoint(
+        function,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), on_copies_of_buffers()),
+    )
 
 
 class Bottleneck(BaseModule):
@@ -78,14 +104,15 @@ class Bottleneck(BaseModule):
     def _residual(self, x: Tensor) -> Tensor:
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
+        out = self.conv3(out)  # on a line of its own: its input is free before bn3 runs
+        out = self.bn3(out)
         out += x if self.downsample is None else self.downsample(x)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] to [N, out_channels, ceil(H/s), ceil(W/s)]."""
         if self.with_cp and x.requires_grad:
-            out = cp.checkpoint(self._residual, x, use_reentrant=False)
+            out = _recomputed(self._residual, x, self)
         else:
             out = self._residual(x)
         return self.relu(out)
@@ -160,9 +187,10 @@ class RedNet(BaseModule):
             strided convolution. Defaults to False.
         frozen_stages (int): Stages to freeze (no gradients, eval mode): -1 none,
             0 the stem, n the stem and the first n stages. Defaults to -1.
-        stem_kernel_size (int): Kernel size of the stem's involution. The official
-            ImageNet models have 3, the official detection and segmentation
-            backbones 7. Defaults to 3.
+        stem_kernel_size (int, optional): Kernel size of the stem's involution. The
+            official ImageNet models have 3, the official detection and segmentation
+            backbones 7. None puts a 3x3 convolution in its place, which makes the stem
+            that of MMPretrain's ResNet with ``deep_stem``. Defaults to 3.
         involution_cfg (dict, optional): Arguments of :class:`Involution2d` for every
             involution; ``kernel_size`` is that of the bottlenecks, ``norm_cfg`` also
             that of the norm layer behind the stem's involution. Defaults to None:
@@ -181,8 +209,8 @@ class RedNet(BaseModule):
             Kaiming for convolutions, 1 for norm layers.
 
     Raises:
-        ValueError: If an argument is out of range, or a checkpoint for another
-            ``stem_kernel_size`` is loaded.
+        ValueError: If an argument is out of range, or a checkpoint for another stem is
+            loaded.
 
     Example:
         >>> import torch
@@ -217,7 +245,7 @@ class RedNet(BaseModule):
         style: str = 'pytorch',
         avg_down: bool = False,
         frozen_stages: int = -1,
-        stem_kernel_size: int = 3,
+        stem_kernel_size: int | None = 3,
         involution_cfg: dict | None = None,
         conv_cfg: dict | None = None,
         norm_cfg: dict | None = None,
@@ -267,9 +295,14 @@ class RedNet(BaseModule):
 
         half = stem_channels // 2
         stem_cfg = dict(conv_cfg=conv_cfg, norm_cfg=norm_cfg)
+        if stem_kernel_size is None:
+            middle = build_conv_layer(conv_cfg, half, half, 3, padding=1, bias=False)
+        else:
+            cfg = {**involution_cfg, 'kernel_size': stem_kernel_size}
+            middle = Involution2d(half, **cfg)
         self.stem = nn.Sequential(
             ConvModule(in_channels, half, 3, stride=2, padding=1, **stem_cfg),
-            Involution2d(half, **{**involution_cfg, 'kernel_size': stem_kernel_size}),
+            middle,
             build_norm_layer(involution_cfg['norm_cfg'], half)[1],
             nn.ReLU(inplace=True),
             ConvModule(half, stem_channels, 3, padding=1, **stem_cfg),
@@ -331,16 +364,21 @@ class RedNet(BaseModule):
                     constant_init(module.bn3, 0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
-        # MMEngine would log the wrong shape, skip it and train on.
-        key = 'stem.1.conv2.conv.weight'
-        theirs, ours = state_dict.get(prefix + key), self.stem[1].conv2.conv.weight
-        if theirs is not None and theirs.shape != ours.shape:
-            raise ValueError(
-                f'{prefix}{key} is {tuple(theirs.shape)} in the checkpoint and '
-                f'{tuple(ours.shape)} in the model: their stem involutions differ. '
-                'The official ImageNet models have stem_kernel_size=3, the official '
-                'detection and segmentation backbones 7; set the one of your weights'
-            )
+        # MMEngine would log what does not fit, skip it and train on.
+        ours = dict(self.stem[1].named_parameters(prefix=f'{prefix}stem.1'))
+        for key, theirs in state_dict.items():
+            # Convolutions' weights: norm layers may be fused into them.
+            if not key.startswith(f'{prefix}stem.1.') or theirs.dim() != 4:
+                continue
+            if key not in ours or ours[key].shape != theirs.shape:
+                here = tuple(ours[key].shape) if key in ours else 'absent'
+                raise ValueError(
+                    f'{key} is {tuple(theirs.shape)} in the checkpoint and {here} in '
+                    'the model: their stem involutions differ. The official ImageNet '
+                    'models have stem_kernel_size=3, the official detection and '
+                    'segmentation backbones 7; set the one of your weights, and '
+                    'involution_cfg where they were trained with another'
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -359,13 +397,31 @@ class RedNet(BaseModule):
         layout = memory_format(x)
         if x.device.type == 'cpu':
             x = x.contiguous(memory_format=torch.channels_last)
-        x = self.maxpool(self.stem(x))
+        # Three layers at half the image's size, where ResNet has one: kept, they would
+        # be a sixth of what training holds. torch.compile has its own ways.
+        if self._stem_learns() and not torch.compiler.is_compiling():
+            x = _recomputed(self._stem, x, self.stem)
+        else:
+            x = self._stem(x)
         outs = []
         for i, name in enumerate(self.res_layers):
             x = getattr(self, name)(x)
             if i in self.out_indices:
-                outs.append(x.contiguous(memory_format=layout))
+                outs.append(x)
+        # Not earlier, when a level is an input still and would be there twice.
+        for i, level in enumerate(outs):
+            outs[i] = level.contiguous(memory_format=layout)
         return tuple(outs)
+
+    def _stem(self, x: Tensor) -> Tensor:
+        return self.maxpool(self.stem(x))
+
+    def _stem_learns(self) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and any(p.requires_grad for p in self.stem.parameters())
+        )
 
     def train(self, mode: bool = True) -> RedNet:
         """Set the mode, but for what is frozen and for norm_eval's batch norms."""

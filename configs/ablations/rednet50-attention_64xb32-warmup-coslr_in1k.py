@@ -1,0 +1,3 @@
+_base_ = '../imagenet/rednet50_64xb32-warmup-coslr_in1k.py'
+
+model = dict(backbone=dict(involution_cfg=dict(generator='attention')))
