@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parents[1]
 # Of classifiers alone: MMPretrain builds whatever it finds in its hub with its own
 # registries, and those know neither detectors nor segmenters.
-FOLDERS = ('imagenet', 'bccd_cells')
+FOLDERS = ('imagenet', 'ablations', 'bccd_cells')
 
 
 @functools.cache  # the hub refuses a name that it already has
