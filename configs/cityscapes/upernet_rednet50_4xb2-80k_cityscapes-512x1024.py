@@ -13,3 +13,6 @@ model = dict(
         **_base_.rednet50,
     ),
 )
+
+# 4 GPUs x 2 images, what the learning rate is for.
+auto_scale_lr = dict(base_batch_size=8)

@@ -194,9 +194,9 @@ class Involution2d(nn.Module):
             x = self.value(x)
         else:
             reduced = self.conv1(self.avgpool(x))
-            span = self.conv2.conv
             fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
-            if fused and type(span) is nn.Conv2d and not span._forward_hooks:
+            if fused and self._span_is_plain():
+                span = self.conv2.conv
                 return fused_involution2d(
                     x,
                     reduced,
@@ -211,6 +211,16 @@ class Involution2d(nn.Module):
             weight = self._unflatten(self.conv2(reduced))
         return involution2d(
             x, weight, self.stride, padding, self.dilation, backend=self.backend
+        )
+
+    def _span_is_plain(self) -> bool:
+        """Whether nobody has replaced or hooked what spans the kernels."""
+        if type(self.conv2) is not nn.Sequential:
+            return False
+        span = self.conv2.conv
+        return type(span) is nn.Conv2d and not any(
+            module._forward_hooks or module._forward_pre_hooks
+            for module in (self.conv2, span)
         )
 
     def _unflatten(self, kernels: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .geometry import memory_format
 
-# On CPUs a tile stays in the cache; on GPUs it is large enough to fill one.
-TILE_BYTES = {'cpu': 4 << 20, 'cuda': 64 << 20}
+# On a CPU a tile stays in the cache; elsewhere it is large enough to fill a GPU.
+TILE_BYTES = dict(cpu=4 << 20, other=64 << 20)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _tiles(
     dilation: Sequence[int],
 ) -> Iterator[Tile]:
     batch, groups, kh, kw, height, width = kernels_shape
-    limit = TILE_BYTES[input.device.type]
+    limit = TILE_BYTES['cpu' if input.is_cpu else 'other']
     row_bytes = groups * kh * kw * width * input.element_size()
     # As equal as they can be.
     parts = -(-height * row_bytes // limit)

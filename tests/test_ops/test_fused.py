@@ -15,7 +15,6 @@ from op_cases import (
     oracle,
     pair,
 )
-from torch import nn
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,7 +48,7 @@ def two_steps(input, reduced, weight, bias=None, *, kernel_size, **arguments):
 
 
 def set_tiles(monkeypatch, size):
-    monkeypatch.setattr(tiles, 'TILE_BYTES', dict(cpu=size, cuda=size))
+    monkeypatch.setattr(tiles, 'TILE_BYTES', dict(cpu=size, other=size))
 
 
 @pytest.mark.parametrize('size', [tiles.TILE_BYTES['cpu'], 4000, 1])
@@ -342,19 +341,28 @@ def test_form_is_chosen_by_argument_then_variable_then_table(monkeypatch):
         module(torch.rand(1, 16, 5, 5))
 
 
-@pytest.mark.parametrize('change', ['replaced', 'hooked'])
-def test_changed_span_convolution_is_called(change):
+@pytest.mark.parametrize('outer', [False, True])
+@pytest.mark.parametrize('change', ['replaced', 'hooked before', 'hooked behind'])
+def test_changed_span_convolution_is_called(change, outer):
+    """The convolution, or the sequence that it is in."""
     module = Involution2d(16, 3, fused=True)
+    span = module.conv2 if outer else module.conv2.conv
     calls = []
-    if change == 'hooked':
-        module.conv2.conv.register_forward_hook(lambda *_: calls.append(1))
+
+    def count(*_):
+        calls.append(1)
+
+    if change == 'hooked before':
+        span.register_forward_pre_hook(count)
+    elif change == 'hooked behind':
+        span.register_forward_hook(count)
     else:
 
-        class Counting(nn.Conv2d):
+        class Counting(type(span)):
             def forward(self, x):
-                calls.append(1)
+                count()
                 return super().forward(x)
 
-        module.conv2.conv = Counting(4, 9, 1)
+        span.__class__ = Counting  # as torch's fully_shard does it
     module(torch.rand(1, 16, 5, 5))
     assert calls
