@@ -118,9 +118,9 @@ def test_entry_fits_its_config(name):
     batch_size = cfg.train_dataloader.batch_size
     if gpus := re.search(r'_(\d+)xb', name):
         batch_size *= int(gpus[1])
-    else:
-        batch_size = cfg.get('auto_scale_lr', {}).get('base_batch_size', batch_size)
-    assert metadata['Batch Size'] == batch_size
+        assert metadata['Batch Size'] == batch_size
+    base = cfg.get('auto_scale_lr', {}).get('base_batch_size', batch_size)
+    assert metadata['Batch Size'] == base
 
     tasks = [TASKS[cfg.default_scope]]
     if 'mask_head' in cfg.model.get('roi_head', {}):
