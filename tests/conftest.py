@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +18,15 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 COCO_CLASSES = ('square', 'bar')
+
+
+@pytest.fixture(autouse=True, scope='session')
+def upstream_metafiles_are_parsed_once():
+    """MMEngine parses all of a toolbox's for each base that a config inherits."""
+    config_utils = importlib.import_module('mmengine.config.utils')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(config_utils, 'load', functools.cache(config_utils.load))
+        yield
 
 
 def _rng() -> np.random.Generator:

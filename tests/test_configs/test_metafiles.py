@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import mmengine
 import pytest
 import torch
 import yaml
@@ -47,14 +46,6 @@ every_readme = pytest.mark.parametrize(
     [file.with_name('README.md') for file in METAFILES],
     ids=lambda file: file.parent.name,
 )
-
-
-@pytest.fixture(autouse=True, scope='module')
-def parse_upstream_metafiles_once():
-    """MMEngine parses all of a toolbox's for each base that a config inherits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mmengine.config.utils, 'load', functools.cache(mmengine.load))
-        yield
 
 
 @functools.cache
