@@ -212,11 +212,11 @@ def fused_grad_generator(
     lanes_at_once: tl.constexpr = 16
     chunks: tl.constexpr = BLOCK_P // lanes_at_once
     blocks = _lane_blocks(batch, out_height, out_width, BLOCK_P, ROWS)
-    share = tl.cdiv(blocks, tl.num_programs(0))
-    first_block = tl.program_id(0) * share
-    last_block = tl.minimum(first_block + share, blocks)
+    program = tl.program_id(0).to(tl.int64)
+    first_block = (program * blocks // tl.num_programs(0)).to(tl.int32)
+    last_block = ((program + 1) * blocks // tl.num_programs(0)).to(tl.int32)
     groups = channels // GROUP_CHANNELS
-    kernels = scratch + tl.program_id(0) * (KH * KW * ROWS * BLOCK_P)
+    kernels = scratch + program * (KH * KW * ROWS * BLOCK_P)
     tap = tl.arange(0, 1 << BITS)
     real_tap = tap < KH * KW
     z = tl.arange(0, BLOCK_R)[:, None]
@@ -264,7 +264,7 @@ def fused_grad_generator(
                         result += tl.load(pixels, real & real_z, 0)
                     tl.store(pixels, result, real & real_z)
 
-        first += tl.program_id(0).to(tl.int64) * groups * (KH * KW)
+        first += program * groups * (KH * KW)
         tl.store(grad_bias + first, bias_sum, real_tap)
         first = first[:, None] * reduced_channels
         real = real_tap[:, None] & tl.trans(real_z)

@@ -103,16 +103,18 @@ def tuned(configs):
         *('pad_height', 'pad_width', 'size_class'),
     ]
 
+    known = [
+        *('KH', 'KW', 'SH', 'SW', 'DH', 'DW', 'BLOCK_R'),
+        *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
+    ]
+
     def decorate(function):
         kernel = triton.jit(function, do_not_specialize=sizes)
         return _Tuner(
             kernel,
             kernel.arg_names,
             configs,
-            key=[
-                *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
-                *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
-            ],
+            key=[name for name in known if name in kernel.arg_names],
             reset_to_zero=None,
             restore_value=None,
             prune_configs_by=dict(early_config_prune=_candidates),
