@@ -373,6 +373,7 @@ def test_missing_and_torn_files(tmp_path):
 
 
 def test_apply_twice_changes_nothing():
+    from mmengine._strategy.fsdp import FSDPStrategy
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import Runner, checkpoint
 
@@ -380,6 +381,7 @@ def test_apply_twice_changes_nothing():
         return (
             HistoryBuffer.__reduce__,
             Runner.resume,
+            FSDPStrategy.load_optim_state_dict,
             checkpoint.load_url,
             checkpoint.load_from_local,
         )

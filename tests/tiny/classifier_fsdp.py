@@ -1,12 +1,8 @@
 # classifier_parity.py for two processes that share the parameters (FSDP).
 _base_ = 'classifier_parity.py'
-custom_imports = dict(
-    imports=['mmcls_involution.models', 'mean_loss', 'fsdp_strategy'],
-    allow_failed_imports=False,
-)
 runner_type = 'FlexibleRunner'
 strategy = dict(
-    type='RepairedFSDPStrategy',
+    type='FSDPStrategy',
     # As state_dict_cfg='full', but for offload_to_cpu, which crashes on the CPU.
     state_dict_cfg=dict(
         state_dict_type='FULL_STATE_DICT',
@@ -15,6 +11,7 @@ strategy = dict(
     ),
     model_wrapper=dict(
         type='MMFullyShardedDataParallel',
+        device_id='cpu',
         auto_wrap_policy=dict(
             type='torch.distributed.fsdp.wrap.size_based_auto_wrap_policy',
             min_num_params=30_000,
