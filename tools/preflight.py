@@ -66,15 +66,7 @@ class UserError(Exception):
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that training and testing share."""
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config, such as '
-        'train_dataloader.batch_size=4; a list is written key="[a,b]" or key=a,b, '
-        'without spaces',
-    )
+    add_cfg_options(parser)
     parser.add_argument(
         '--no-pin-memory',
         action='store_true',
@@ -94,18 +86,32 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config and apply the flags common to training and testing.
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that overrides settings of the config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as '
+        'train_dataloader.batch_size=4; a list is written key="[a,b]" or key=a,b, '
+        'without spaces',
+    )
+
+
+def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config, and make the library that it is for the default scope.
 
     Args:
-        args: Parsed flags; see :func:`add_common_arguments`.
+        path: Of the file.
+        options: Settings that override it; see :func:`add_cfg_options`.
+            Defaults to None.
 
     Raises:
         UserError: If the file is missing or not a config, a key is misspelled, or the
             library it is for is not installed.
     """
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    path = Path(args.config)
+    path = Path(path)
     if not path.is_file():
         raise UserError(f'Config not found: {path}.{_similar_files(path)}')
     try:
@@ -117,7 +123,7 @@ def load_config(args: argparse.Namespace) -> Config:
             f'Cannot read the config {path}: {type(error).__name__}: {error}'
         ) from error
 
-    options = args.cfg_options or {}
+    options = options or {}
     known = {*cfg, *_runner_arguments()}
     for option in options:
         key = option.split('.')[0]
@@ -145,12 +151,26 @@ def load_config(args: argparse.Namespace) -> Config:
             f'installed.{fix}'
         )
     init_default_scope(scope)
+    return cfg
 
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the flags common to training and testing.
+
+    Args:
+        args: Parsed flags; see :func:`add_common_arguments`.
+
+    Raises:
+        UserError: As of :func:`read_config`; or if the launcher needs a GPU and there
+            is none.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     if args.work_dir is not None:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        cfg.work_dir = str(Path('work_dirs') / path.stem)
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
     _set_dataloader_defaults(cfg, args)
     if args.launcher != 'none' and not torch.cuda.is_available():
         _distribute_on_cpu(cfg)
@@ -226,9 +246,10 @@ def _distribute_on_cpu(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
-    for _, part in _dicts(cfg.get('model', {})):
+    for _, part in dicts(cfg.get('model', {})):
         if part.get('type') == 'SyncBN':
             part['type'] = 'BN'
+    cfg.pop('sync_bn', None)
 
 
 # ------------------------------------------------------------------------------- checks
@@ -258,23 +279,23 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
     check_checkpoint(cfg.get('load_from'), 'load_from', cfg)
     if 'train' in splits:
         # MMEngine does not check this one, and fails on the missing class later.
-        _registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
-        for path, part in _dicts(cfg.model, 'model'):
+        registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
+        for path, part in dicts(cfg.model, 'model'):
             if part.get('type') == 'Pretrained':
                 check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint', cfg)
     for split in splits:
         loader, name = cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'
-        for path, dataset in _dicts(loader.get('dataset'), f'{name}.dataset'):
+        for path, dataset in dicts(loader.get('dataset'), f'{name}.dataset'):
             if {'ann_file', 'data_root', 'data_prefix'} & set(dataset):
-                _check_dataset(cfg, path, dataset)
+                check_dataset(cfg, path, dataset)
         name = f'{split}_evaluator'
-        for path, evaluator in _dicts(cfg.get(name), name):
-            if _is_local(evaluator, evaluator.get('ann_file')):
+        for path, evaluator in dicts(cfg.get(name), name):
+            if is_local(evaluator, evaluator.get('ann_file')):
                 _check_exists(Path(evaluator.ann_file), f'{path}.ann_file', cfg)
                 _check_same_annotations(path, evaluator, loader)
 
 
-def _registered(registry: Registry, kind: Any) -> Any:
+def registered(registry: Registry, kind: Any) -> Any:
     """The class of a ``type`` in a config, looked up in its default scope.
 
     Raises:
@@ -366,7 +387,7 @@ def _check_exists(path: Path, what: str, cfg: Config | None) -> None:
     raise UserError(message)
 
 
-def _is_local(cfg: dict, path: Any) -> bool:
+def is_local(cfg: dict, path: Any) -> bool:
     backend = (cfg.get('backend_args') or {}).get('backend', 'local')
     return (
         bool(path)
@@ -376,7 +397,7 @@ def _is_local(cfg: dict, path: Any) -> bool:
     )
 
 
-def _dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+def dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
     """All dicts inside ``cfg`` with their dotted paths, outermost first."""
     if isinstance(cfg, dict):
         yield path, cfg
@@ -386,12 +407,12 @@ def _dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
     else:
         return
     for key, value in items:
-        yield from _dicts(value, f'{path}.{key}' if path else str(key))
+        yield from dicts(value, f'{path}.{key}' if path else str(key))
 
 
-def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
+def check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     """Check the files, classes and categories of one data set config."""
-    cls = _registered(DATASETS, dataset.get('type'))
+    cls = registered(DATASETS, dataset.get('type'))
     root = dataset.get('data_root') or ''
     downloads = (
         cls is not None
@@ -407,7 +428,7 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
             ('ann_file', dataset.get('ann_file')),
             *((f'data_prefix.{k}', v) for k, v in prefix.items()),
         ):
-            if _is_local(dataset, part or root):
+            if is_local(dataset, part or root):
                 _check_exists(
                     Path(root, part or '').expanduser(),
                     f'{path}.{key}'.rstrip('.'),
@@ -418,7 +439,7 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     if classes is None:
         return
     ann_file = dataset.get('ann_file')
-    if _is_local(dataset, ann_file) and _loads_as_coco(cls):
+    if is_local(dataset, ann_file) and loads_as_coco(cls):
         ann_file = Path(root, ann_file).expanduser()
         _check_categories(path, ann_file, classes)
         _check_first_photo(path, ann_file, Path(root, prefix.get('img', '')))
@@ -431,7 +452,7 @@ def _check_dataset(cfg: Config, path: str, dataset: dict) -> None:
     } & set(cfg.model):
         return
     heads = ('bbox_head', 'mask_head', 'decode_head', 'head')
-    for head_path, head in _dicts(cfg.model, 'model'):
+    for head_path, head in dicts(cfg.model, 'model'):
         names = [name for name in head_path.split('.') if not name.isdigit()]
         number = head.get('num_classes')
         if (
@@ -464,7 +485,7 @@ def _classes(path: str, dataset: dict, cls: type | None) -> list[str] | None:
     return None if classes is None else list(classes)
 
 
-def _loads_as_coco(cls: type | None) -> bool:
+def loads_as_coco(cls: type | None) -> bool:
     """Whether the data set reads its categories the way MMDetection's COCO does."""
     if importlib.util.find_spec('mmdet') is None or not inspect.isclass(cls):
         return False

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from benchmark_utils import console, print_table
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -191,21 +191,7 @@ def parse_args() -> argparse.Namespace:
         + ', '.join(f'{h} {w} for {scope}' for scope, (h, w) in SHAPES.items())
         + ')',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config, such as model.backbone.depth=26',
-    )
-    # what preflight reads of the flags for runs
-    parser.set_defaults(
-        work_dir=None,
-        launcher='none',
-        local_rank=0,
-        no_pin_memory=False,
-        no_persistent_workers=False,
-    )
+    preflight.add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -213,7 +199,7 @@ def main() -> None:
     args = parse_args()
     compat.apply()
     with preflight.one_message_per_error():
-        cfg = preflight.load_config(args)
+        cfg = preflight.read_config(args.config, args.cfg_options)
         shape = args.shape or SHAPES.get(cfg.default_scope)
         if shape is None:
             raise preflight.UserError(

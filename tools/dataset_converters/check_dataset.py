@@ -29,7 +29,7 @@ from typing import Any
 import cv2
 import numpy as np
 from converter_utils import read_image
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.registry import DATASETS
 from PIL import Image
 from rich.progress import track
@@ -273,7 +273,7 @@ def _check_box(
 
 def _trains_masks(cfg: Config) -> bool:
     loader = cfg.get('train_dataloader') or {}
-    return any(part.get('with_mask') for _, part in preflight._dicts(loader))
+    return any(part.get('with_mask') for _, part in preflight.dicts(loader))
 
 
 def check_segmentation(dataset: Any, cfg: Config) -> tuple[Findings, list[Files]]:
@@ -383,7 +383,7 @@ def checker(kind: type) -> Any:
     Raises:
         UserError: If the class reads its data in a way of its own.
     """
-    if preflight._loads_as_coco(kind):
+    if preflight.loads_as_coco(kind):
         return check_coco
     families = dict(
         BaseSegDataset=check_segmentation, CustomDataset=check_classification
@@ -407,7 +407,7 @@ def data_sets(cfg: Config, split: str) -> list[tuple[str, dict]]:
     name = f'{split}_dataloader'
     return [
         (path, part)
-        for path, part in preflight._dicts(cfg.get(name), name)
+        for path, part in preflight.dicts(cfg.get(name), name)
         if {'ann_file', 'data_root', 'data_prefix'} & set(part)
     ]
 
@@ -424,12 +424,12 @@ def check_data_set(cfg: Config, path: str, part: dict, workers: int) -> Findings
     Raises:
         UserError: If it cannot be checked at all.
     """
-    if not preflight._is_local(part, 'any'):
+    if not preflight.is_local(part, 'any'):
         raise UserError(f'{path}: check_dataset reads local files, not backend_args')
-    check = checker(preflight._registered(DATASETS, part.get('type')))
+    check = checker(preflight.registered(DATASETS, part.get('type')))
     found = []
     try:
-        preflight._check_dataset(cfg, path, part)
+        preflight.check_dataset(cfg, path, part)
     except UserError as error:
         found.append(Finding('config', str(error)))
     # Read nothing yet, and build no transforms.
@@ -507,22 +507,7 @@ def parse_args() -> argparse.Namespace:
         default=os.cpu_count(),
         help='processes that decode images (default: the number of cores)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='settings that override the config, such as '
-        'train_dataloader.dataset.data_root=PLACE',
-    )
-    parser.set_defaults(
-        # What load_config asks for and a check has no use for.
-        work_dir=None,
-        launcher='none',
-        local_rank=0,
-        no_pin_memory=False,
-        no_persistent_workers=False,
-    )
+    preflight.add_cfg_options(parser)
     return parser.parse_args()
 
 
@@ -534,7 +519,7 @@ def check(args: argparse.Namespace) -> int:
     """
     if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
         raise UserError(f'--out {args.out}: name a file in a folder that exists')
-    cfg = preflight.load_config(args)
+    cfg = preflight.read_config(args.config, args.cfg_options)
     splits = args.split or [
         split for split in ('train', 'val', 'test') if cfg.get(f'{split}_dataloader')
     ]

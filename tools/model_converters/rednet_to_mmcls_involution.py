@@ -31,7 +31,7 @@ from checkpoint_utils import (
 )
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from preflight import UserError, load_config, one_message_per_error
+from preflight import UserError, one_message_per_error, read_config
 from torch import Tensor, nn
 
 from mmcls_involution import __version__, compat
@@ -49,15 +49,6 @@ def parse_args() -> argparse.Namespace:
         '--config', required=True, help='config of the model that the weights are of'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace DST')
-    parser.set_defaults(
-        # What load_config asks for and a converter has no use for.
-        cfg_options=None,
-        work_dir=None,
-        launcher='none',
-        local_rank=0,
-        no_pin_memory=False,
-        no_persistent_workers=False,
-    )
     return parser.parse_args()
 
 
@@ -211,7 +202,7 @@ def main() -> None:
         check_output(args.dst)
         if args.dst.exists() and not args.overwrite:
             raise UserError(f'{args.dst} exists: name another file, or --overwrite it')
-        cfg = load_config(args)
+        cfg = read_config(args.config)
         if (cfg.get('model') or {}).get('backbone', {}).get('type') != 'RedNet':
             raise UserError(
                 f'{args.config} has no model with the backbone RedNet: name the config '
