@@ -31,6 +31,11 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def read_log(tool) -> Callable:
+    return import_module('reproduction_report').read_log
+
+
+@pytest.fixture
 def ran() -> list[list[str]]:
     """The commands that a call has run."""
     return []
@@ -162,7 +167,7 @@ def test_report_of_a_training(
     library,
     data,
     score,
-    tool,
+    read_log,
     reproduce,
     real_tools,
     ran,
@@ -205,14 +210,14 @@ def test_report_of_a_training(
     ours = re.search(rf'\| {score} \|.*?\|.*?\| ([\d.]+) \|', markdown)[1]
     scale = 100 if score == 'box AP' else 1
     assert float(ours) == pytest.approx(scale * logged[key], abs=0.05)
-    log = tool.read_log(tmp_path, by_epoch=task != 'segmenter')
+    log = read_log(tmp_path, by_epoch=task != 'segmenter')
     assert [line['step'] for line in log.train] == [1, 2]
     (line,) = log.val
     assert line['x'] == (2 if task == 'segmenter' else 1) and key in line
 
 
 def test_resumed_training_has_one_log(
-    tool, segmenter, reproduce, real_tools, ran, monkeypatch, tmp_path
+    tool, read_log, segmenter, reproduce, real_tools, ran, monkeypatch, tmp_path
 ):
     work = tmp_path / 'work'
     options = ['--cfg-options', 'train_cfg.max_iters=4']
@@ -230,7 +235,7 @@ def test_resumed_training_has_one_log(
     time.sleep(1)  # MMEngine names the logs' folder by the second
     assert reproduce(*arguments) == ''
     assert tuple(steps(ran)) == STEPS
-    log = tool.read_log(work, by_epoch=False)
+    log = read_log(work, by_epoch=False)
     assert len(log.runs) == 2
     assert [line['step'] for line in log.train] == [1, 2, 3, 4]
     assert [line['x'] for line in log.val] == [2, 4]
@@ -425,166 +430,3 @@ def test_tools_run_as_processes_of_this_python(tool, tmp_path, capfd):
             tool.call('train.py', [*command, 'fail'], descriptor, quiet=True)
     assert str(failure.value) == 'tools/train.py: no space left,\nthat is all'
     assert capfd.readouterr().out == ''
-
-
-def write_log(folder: Path, time: str, resume: bool, lines: list[dict]) -> None:
-    data = folder / time / 'vis_data'
-    data.mkdir(parents=True)
-    (data / 'config.py').write_text(f'a = 1\nresume = {resume}\n')
-    text = '\n'.join(map(json.dumps, lines))
-    (data / 'scalars.json').write_text(
-        text + '\n{"lr": 0.1, "lo'
-    )  # killed while writing
-
-
-def train_line(step: int, loss: float) -> dict:
-    return dict(lr=0.1, loss=loss, iter=step, step=step)
-
-
-def test_logs_of_a_resumed_training_are_joined(tool, tmp_path):
-    # An abandoned training; one killed after iteration 30, its last checkpoint at 20;
-    # the one that went on from there.
-    write_log(tmp_path, '1', False, [train_line(10 * i, 9) for i in range(1, 9)])
-    write_log(
-        *(tmp_path, '2', False),
-        [train_line(10, 5), dict(mIoU=1, step=10), train_line(20, 4)]
-        + [dict(mIoU=2, step=20), train_line(30, 3), dict(mIoU=3, step=30)],
-    )
-    write_log(
-        tmp_path,
-        '3',
-        True,
-        [train_line(30, 2), train_line(40, 1), dict(mIoU=4, step=40)],
-    )
-    log = tool.read_log(tmp_path, by_epoch=False)
-    assert log.runs == ['2', '3']
-    assert [(line['step'], line['loss']) for line in log.train] == [
-        *((10, 5), (20, 4), (30, 2), (40, 1))
-    ]
-    # The score at 30 was of weights that are lost.
-    assert [(line['x'], line['mIoU']) for line in log.val] == [
-        (10, 1),
-        (20, 2),
-        (40, 4),
-    ]
-
-
-def test_scores_logged_by_epoch(tool, tmp_path):
-    lines = [
-        train_line(50, 1),
-        dict(mIoU=1, step=1),
-        train_line(100, 1),
-        dict(mIoU=2, step=2),
-    ]
-    write_log(tmp_path, '1', False, lines)
-    write_log(tmp_path, '2', True, [train_line(100, 1), dict(mIoU=3, step=2)])
-    log = tool.read_log(tmp_path, by_epoch=True)
-    assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 3)]
-    # Epochs shorter than the logger's interval leave no line about losses.
-    write_log(tmp_path, '3', True, [dict(mIoU=4, step=2), dict(mIoU=5, step=3)])
-    log = tool.read_log(tmp_path, by_epoch=True)
-    assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 4), (3, 5)]
-    # An iteration-based loop that logs by epoch says step 0: the last iteration counts.
-    (tmp_path / 'other').mkdir()
-    lines = [
-        train_line(50, 1),
-        dict(mIoU=1, step=0),
-        train_line(100, 1),
-        dict(mIoU=2, step=0),
-    ]
-    write_log(tmp_path / 'other', '1', False, lines)
-    log = tool.read_log(tmp_path / 'other', by_epoch=False)
-    assert [(line['x'], line['mIoU']) for line in log.val] == [(50, 1), (100, 2)]
-
-
-@pytest.mark.parametrize(
-    ('ours', 'difference', 'verdict'),
-    [
-        (0.395, '+0.0', 'within tolerance'),
-        (0.392, '-0.3', 'within tolerance'),
-        (0.398, '+0.3', 'within tolerance'),
-        (0.391, '-0.4', 'below the paper'),
-        (0.399, '+0.4', 'above the paper'),
-        (-1, '', 'not measured'),
-        (float('nan'), '', 'not measured'),
-        (None, '', 'not measured'),
-    ],
-)
-def test_verdict(tool, ours, difference, verdict):
-    facts = dict(scores={'coco/bbox_mAP': 39.5}, resnet50={'coco/bbox_mAP': 37.7})
-    scores = {'coco/bbox_mAP_50': 0.6} | (
-        {} if ours is None else {'coco/bbox_mAP': ours}
-    )
-    (row,) = tool.compare(scores, facts)
-    assert (row['paper'], row['resnet']) == ('39.5', '37.7')
-    assert (row['difference'], row['verdict']) == (difference, verdict)
-
-
-def paper_job(tool: ModuleType, tmp_path: Path, options: list[str]) -> object:
-    """A finished test of the paper's Faster R-CNN, as far as the record goes."""
-    from mmengine.config import Config
-
-    config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
-    job = tool.Job(config, options, tmp_path, Config.fromfile(config))
-    facts = dict(command='x', time='t', revision='r', environment={})
-    job.remember(
-        *('train',),
-        **(facts | dict(processes=8, changed=[])),
-        config=tool.digests(job.cfg, tool.TRAINING),
-    )
-    checkpoint = str(tmp_path / 'epoch_12.pth')
-    scores = {'coco/bbox_mAP': 0.396, 'coco/bbox_mAP_50': 0.61}
-    job.remember(
-        'test', checkpoint=checkpoint, scores=scores, meta=dict(epoch=12), **facts
-    )
-    return job
-
-
-def test_page_of_a_paper_config(tool, tmp_path):
-    pytest.importorskip('mmdet')
-    job = paper_job(tool, tmp_path, [])
-    page = tool.describe(job)
-    (row,) = page['rows']
-    assert list(row.values()) == [
-        *('box AP', '39.5', '37.7', '39.6', '+0.1', '±0.3', 'within tolerance')
-    ]
-    assert page['notes'] == [] and 'moco#39' in page['tolerances'][0]
-    assert page['curves'] is None
-    tool.write(tmp_path, [page])
-    assert 'has no log' in (tmp_path / 'report.md').read_text()
-
-    job.record['train']['processes'] = 1
-    page = tool.describe(job)
-    assert page['notes'] == [
-        '2 images per iteration, over 1 process; the recipe is for 16.'
-    ]
-    assert page['rows'][0]['verdict'] == 'within tolerance, by another recipe'
-    job.error = 'no space left'
-    assert tool.describe(job)['rows'][0]['verdict'].endswith('this call failed')
-    job.cfg.optim_wrapper.optimizer.lr = 1
-    assert 'optim_wrapper' in tool.describe(job)['notes'][1]
-    page = tool.describe(paper_job(tool, tmp_path, ['model.x=1']))
-    assert page['notes'] == ['Not the config as it stands: model.x=1.']
-
-
-def test_paper_figures_are_known_scores(tool):
-    table = import_module('mmengine').load(tool.PAPER)
-    assert len(table) == 16
-    for name, facts in table.items():
-        assert (
-            facts['params'] > 0
-            and facts['flops'] > 0
-            and len(facts['input_shape']) == 2
-        )
-        assert set(facts.get('resnet50', {})) <= set(facts['scores'])
-        for key, value in facts['scores'].items():
-            assert tool.METRICS[key].tolerance and tool.METRICS[key].reason
-            assert 30 < value < 100, (name, 'per cent')
-
-
-def test_configs_of_the_paper_have_their_figures(tool):
-    table = import_module('mmengine').load(tool.PAPER)
-    for folder in ('coco', 'cityscapes', 'imagenet'):
-        for config in (ROOT / 'configs' / folder).glob('*.py'):
-            # A stem of 7 is ours for downstream tasks: the paper gives no top-1 of it.
-            assert config.stem in table or 'stem7' in config.stem
