@@ -1,0 +1,130 @@
+"""tools/analysis_tools/compare_seeds.py: the table, the picture, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import cv2
+import numpy as np
+import pytest
+
+pytest.importorskip('mmengine')
+
+ROOT = Path(__file__).parents[2]
+SCORES = dict(slow=[30.0, 31.0, 35.0], quick=[40.0, 44.0])
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
+    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis_tools'))
+    return import_module('compare_seeds')
+
+
+def write_run(
+    folder: Path, config: str, seed: int, score: float, **recipe: str
+) -> Path:
+    """What tools/reproduce.py leaves, as far as it is read."""
+    test = dict(
+        command=f"bash 'the tools/dist_test.sh' configs/{config}.py a.pth 2",
+        meta=dict(seed=seed),
+        scores={'mIoU': score, 'aAcc': 90.0},
+    )
+    (folder / 'report').mkdir(parents=True)
+    record = dict(train=dict(config=recipe), test=test)
+    (folder / 'report' / 'record.json').write_text(json.dumps(record))
+    data = folder / '20260101_000000' / 'vis_data'
+    data.mkdir(parents=True)
+    lines = [dict(lr=0.1, loss=score / step, step=step) for step in (10, 20, 30)]
+    lines.insert(2, dict(mIoU=score - 5, step=20))
+    (data / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    return [
+        write_run(tmp_path / f'{name}{seed}', name, seed, score)
+        for name, scores in SCORES.items()
+        for seed, score in enumerate(scores)
+    ]
+
+
+def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, 'argv', ['compare_seeds.py', *map(str, arguments)])
+    tool.main()
+
+
+def test_table_and_picture(tool, runs, monkeypatch, tmp_path, capsys):
+    out = tmp_path / 'new' / 'picture.png'
+    call(tool, monkeypatch, *runs, '--out', out)
+    header, _, slow, quick, *_ = capsys.readouterr().out.splitlines()
+    assert header == '| Config | Seeds | mIoU | Difference |'
+    assert slow == f'| slow | 3 | 32.00 ± {statistics.stdev(SCORES["slow"]):.2f} |  |'
+    assert quick == '| quick | 2 | 42.00 ± 2.83 | +10.00 |'
+    picture = cv2.imread(str(out))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+
+
+def test_curves_are_those_of_the_logs(tool, runs):
+    configs = tool.group([tool.read_run(folder) for folder in runs])
+    assert [[run.seed for run in group] for group in configs.values()] == [
+        [0, 1, 2],
+        [0, 1],
+    ]
+    log = configs['quick'][1].log
+    assert [(line['step'], line['loss']) for line in log.train][:2] == [
+        (10, 4.4),
+        (20, 2.2),
+    ]
+    assert [(line['x'], line['mIoU']) for line in log.val] == [(20, 39.0)]
+
+
+def test_band_spans_the_points_that_all_have(tool):
+    axis = tool.plt.figure().subplots()
+    curves = [[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (2, 8.0)]]
+    tool.draw_band(axis, curves, 'C0', 'a')
+    assert axis.lines[0].get_xydata().tolist() == [[1, 3], [2, 6]]
+    corners = axis.collections[0].get_paths()[0].vertices.tolist()
+    assert {(1, 2), (1, 4), (2, 4), (2, 8)} == {tuple(corner) for corner in corners}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(seed=0), 'have the same seed, 0'),
+        (dict(model='other'), 'with different settings'),
+    ],
+)
+def test_what_are_no_repetitions_is_refused(
+    tool, runs, change, message, monkeypatch, tmp_path
+):
+    arguments = dict(config='slow', seed=3, score=30.0) | change
+    runs.append(write_run(tmp_path / 'one more', **arguments))
+    with pytest.raises(SystemExit, match=message):
+        call(tool, monkeypatch, *runs, '--out', tmp_path / 'a.png')
+    assert not (tmp_path / 'a.png').exists()
+
+
+@pytest.mark.parametrize('missing', ['record', 'test', 'known scores'])
+def test_what_is_missing_is_named(tool, runs, missing, monkeypatch, tmp_path):
+    file = runs[1] / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    if missing == 'test':
+        del record['test']
+    elif missing == 'record':
+        file.unlink()
+    if missing == 'known scores':
+        record['test']['scores'] = dict(aAcc=1.0)
+        message, arguments = 'None of the scores is known: aAcc', [runs[1]]
+    else:
+        message, arguments = f'{runs[1]} has no training that is finished', runs
+    if file.exists():
+        file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=message):
+        call(tool, monkeypatch, *arguments, '--out', tmp_path / 'a.png')
