@@ -1,9 +1,12 @@
-"""tools/analysis_tools/compare_seeds.py: the table, the picture, what it refuses."""
+"""compare_seeds.py: table, picture, what it refuses; compare_backbones.sh, its user."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -128,3 +131,82 @@ def test_what_is_missing_is_named(tool, runs, missing, monkeypatch, tmp_path):
         file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=message):
         call(tool, monkeypatch, *arguments, '--out', tmp_path / 'a.png')
+
+
+# ----------------------------------------------------------------- compare_backbones.sh
+
+SCRIPT = ROOT / 'tools' / 'analysis_tools' / 'compare_backbones.sh'
+
+
+def run_script(
+    tmp_path: Path, *arguments: str, **env: str
+) -> subprocess.CompletedProcess:
+    """Run it with a stand-in for python that prints each command on one line."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\nprintf "%s\\037" "$@"; echo\n')
+    python.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ['PATH']])
+    command = ['bash', str(SCRIPT), *arguments]
+    env = {**os.environ, 'PATH': path, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('data', ['bccd', 'camvid'])
+def test_configs_are_compared_by_one_recipe(data, tool, tmp_path):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    import torch
+    from mmengine.registry import MODELS
+
+    import_module('mmcls_involution.compat').apply()
+    preflight = import_module('preflight')
+    result = run_script(tmp_path, data)
+    assert result.returncode == 0, result.stderr
+    *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]
+    assert last[0].endswith('compare_seeds.py')
+    tools, configs, flags = set(), set(), set()
+    for call in calls:
+        i, j = call.index('--seed'), call.index('--cfg-options')
+        tools.add(call[0])
+        configs.add(tuple(call[1:i]))
+        flags.add(tuple(call[j:]))
+    seeds = [call[call.index('--seed') + 1] for call in calls]
+    assert seeds == ['0', '1', '2'] and tools == {'tools/reproduce.py'}
+    (configs,) = configs
+
+    parser = argparse.ArgumentParser()
+    preflight.add_cfg_options(parser)
+    options = parser.parse_args([*flags.pop()]).cfg_options
+    assert not flags
+    recipes, swaps = [], []
+    for config in configs:
+        cfg = preflight.read_config(ROOT / config, options)
+        model = MODELS.build(cfg.model).eval()
+        with torch.inference_mode():
+            features = model.extract_feat(torch.zeros(1, 3, 64, 96))
+        assert {feature.shape[1] for feature in features} == {128}
+        parts = cfg.model.pop('backbone'), cfg.model.pop('neck')
+        swaps.append(tuple(part['type'] for part in parts))
+        cfg.pop('custom_imports', None)  # ResNet needs none
+        recipes.append(cfg.to_dict())
+    assert recipes[0] == recipes[1] == recipes[2]
+    assert swaps[0][0].startswith('ResNet')
+    assert swaps[1:] == [('RedNet', 'FPN'), ('RedNet', 'InvolutionFPN')]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'size'), [([], 'half'), (['coco'], 'half'), (['bccd'], 'small')]
+)
+def test_script_explains_itself(arguments, size, tmp_path):
+    result = run_script(tmp_path, *arguments, SIZE=size)
+    assert (result.returncode, result.stdout) == (2, '')
+    assert result.stderr.startswith('usage: [SIZE=half|full]')
+
+
+def test_full_size_is_the_configs_as_they_stand(tmp_path):
+    result = run_script(tmp_path, 'camvid', SIZE='full', SEEDS='7')
+    train, compare = result.stdout.splitlines()
+    assert train.split('\037')[-5:-1] == [
+        *('--seed', '7', '--work-dir', 'work_dirs/camvid-full/7')
+    ]
+    assert 'work_dirs/camvid-full/comparison.png' in compare
