@@ -17,8 +17,8 @@ setup:  ## make the virtual environment (mmcv is compiled once: 10 to 20 minutes
 demo: setup  ## train and evaluate a small RedNet detector on CPU (about 6 minutes)
 	@$(RUN) tools/demo.py
 
-test: setup  ## run the tests
-	@$(RUN) -m pytest
+test: setup  ## run the tests, on up to four cores
+	@$(RUN) -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup  ## ruff: rules and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -70,7 +70,7 @@ EXTRAS = {
     # mmsegmentation imports ftfy and regex and declares neither.
     'seg': [MMENGINE, 'mmsegmentation>=1.2.2,<2.0.0', 'ftfy', 'regex'],
     'cls': [MMENGINE, 'mmpretrain>=1.2.0,<2.0.0'],
-    'dev': ['pytest', 'ruff'],
+    'dev': ['pytest', 'pytest-xdist', 'ruff'],
 }
 
 # Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,
