@@ -3,7 +3,7 @@
     python tools/demo.py
 
 Mask R-CNN with a RedNet-26 of a quarter of the channels learns to find, name
-and outline shapes. Runs on the CPU in about five minutes on two cores, through
+and outline shapes. Runs on the CPU in about six minutes on two cores, through
 tools/train.py and tools/test.py. Interrupted or killed, it goes on where it was;
 finished, a second call only tests again.
 """
@@ -201,7 +201,7 @@ def run_demo(work_dir: Path) -> bool:
     if checkpoint.is_file():
         print(f'[2/3] Training: {checkpoint} is there already', flush=True)
     else:
-        print('[2/3] Training on the CPU (about four minutes)', flush=True)
+        print('[2/3] Training on the CPU (about five minutes)', flush=True)
         run_tool('train.py', CONFIG, '--work-dir', work_dir, '--resume')
 
     print('[3/3] Testing on the held-out images (half a minute)', flush=True)

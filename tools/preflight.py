@@ -14,6 +14,7 @@ import errno
 import importlib.util
 import inspect
 import json
+import logging
 import mmap
 import os
 import pickle
@@ -145,7 +146,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if importlib.util.find_spec(scope) is None:
         fix = _did_you_mean(scope, LIBRARIES)
         if scope in LIBRARIES:
-            fix = f' pip install "mmcls_involution[{LIBRARIES[scope]}]"'
+            fix = f' In the repository: pip install -e ".[{LIBRARIES[scope]}]"'
         raise UserError(
             f'default_scope of {path} is {scope!r}, and no library of that name is '
             f'installed.{fix}'
@@ -283,6 +284,7 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
         for path, part in dicts(cfg.model, 'model'):
             if part.get('type') == 'Pretrained':
                 check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint', cfg)
+        _warn_of_frozen_noise(cfg)
     for split in splits:
         loader, name = cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'
         for path, dataset in dicts(loader.get('dataset'), f'{name}.dataset'):
@@ -293,6 +295,26 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
             if is_local(evaluator, evaluator.get('ann_file')):
                 _check_exists(Path(evaluator.ann_file), f'{path}.ann_file', cfg)
                 _check_same_annotations(path, evaluator, loader)
+
+
+def _warn_of_frozen_noise(cfg: Config) -> None:
+    """Name settings for pre-trained weights that are left over where there are none."""
+    backbone = cfg.model.get('backbone') or {}
+    if backbone.get('init_cfg') or cfg.model.get('pretrained') or cfg.get('load_from'):
+        return
+    left = []
+    if backbone.get('frozen_stages', -1) >= 0:
+        left.append(('frozen_stages', backbone.frozen_stages, -1))
+    if backbone.get('norm_eval'):
+        left.append(('norm_eval', True, False))
+    if left:
+        found = ' and '.join(f'{key}={value}' for key, value, _ in left)
+        fix = ' '.join(f'model.backbone.{key}={value}' for key, _, value in left)
+        print_log(
+            f'model.backbone has no pre-trained weights, and {found} would keep random '
+            f'ones. To train it from scratch: {fix}',
+            level=logging.WARNING,
+        )
 
 
 def registered(registry: Registry, kind: Any) -> Any:

@@ -438,6 +438,38 @@ def test_every_config_trains_on_data_of_its_format(
     assert 'in source state_dict' not in text  # keys missing or unexpected
 
 
+@pytest.mark.parametrize(
+    ('options', 'found'),
+    [
+        (['model.backbone.frozen_stages=1'], 'frozen_stages=1 would keep random ones'),
+        (
+            ['model.backbone.frozen_stages=0', 'model.backbone.norm_eval=True'],
+            'frozen_stages=0 and norm_eval=True would keep random ones. To train it '
+            'from scratch: model.backbone.frozen_stages=-1 '
+            'model.backbone.norm_eval=False',
+        ),
+        (['model.backbone.frozen_stages=-1'], None),
+        (['model.backbone.norm_eval=True', 'load_from=https://a.b/c.pth'], None),
+        (
+            ['model.backbone.frozen_stages=1']
+            + ['model.backbone.init_cfg.type=Pretrained']
+            + ['model.backbone.init_cfg.checkpoint=https://a.b/c.pth'],
+            None,
+        ),
+    ],
+)
+def test_frozen_noise_is_named(options, found, tool, tmp_path, capfd):
+    # The missing data stops it before it trains.
+    options.append(f'train_dataloader.dataset.data_root={tmp_path / "none"}')
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path, '--cfg-options', *options
+    )
+    assert 'none' in message
+    text = ''.join(capfd.readouterr())
+    assert ('has no pre-trained weights' in text) is (found is not None)
+    assert (found or '') in text
+
+
 # ----------------------------------------------------------------------------- settings
 
 

@@ -12,8 +12,14 @@
 #   model = dict(roi_head=dict(bbox_head=dict(num_classes=2)))
 # classes are the categories of the annotation file, in its order; photos are looked
 # for in data_root/images (data_prefix=dict(img=...)). The same keys can be given to
-# tools/train.py with --cfg-options. Larger photos with small objects want a larger
-# scale in the two Resize transforms.
+# tools/train.py with --cfg-options.
+#
+# Photos are scaled to 320x240. Small objects in larger ones want more:
+#   train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.scale
+# and the test data loader's. Training starts from scratch; from a detector of the same
+# config with load_from='FILE', from a RedNet-50 classifier with the 7x7 stem with
+#   backbone=dict(init_cfg=dict(
+#       type='Pretrained', checkpoint='FILE', prefix='backbone.'))
 dataset_type = 'CocoDataset'
 data_root = '{{$BCCD_ROOT:data/bccd}}'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
