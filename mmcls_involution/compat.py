@@ -364,8 +364,10 @@ def name_fsdp_arguments() -> None:
     """Let MMEngine's ``FSDPStrategy`` resume.
 
     It passes the arguments of ``FSDP.optim_state_dict_to_load`` by position, in the
-    order that they had in torch 2.0; torch 2.1 changed it. Does nothing to an MMEngine
-    that has been mended.
+    order that they had in torch 2.0; torch 2.1 changed it.
+
+    Answers https://github.com/pytorch/pytorch/issues/105727. Does nothing to an
+    MMEngine that has been mended.
     """
     from mmengine._strategy.fsdp import FSDPStrategy
 

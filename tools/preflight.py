@@ -277,13 +277,12 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
                 f'The config has no {absent[0]!r}.{_did_you_mean(absent[0], cfg)} It '
                 'may be one that others are meant to inherit.'
             )
-    check_checkpoint(cfg.get('load_from'), 'load_from', cfg)
+    for key, file in starting_points(cfg).items():
+        if 'train' in splits or key == 'load_from':
+            check_checkpoint(file, key, cfg)
     if 'train' in splits:
         # MMEngine does not check this one, and fails on the missing class later.
         registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
-        for path, part in dicts(cfg.model, 'model'):
-            if part.get('type') == 'Pretrained':
-                check_checkpoint(part.get('checkpoint'), f'{path}.checkpoint', cfg)
         _warn_of_frozen_noise(cfg)
     for split in splits:
         loader, name = cfg.get(f'{split}_dataloader') or {}, f'{split}_dataloader'
@@ -295,6 +294,16 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
             if is_local(evaluator, evaluator.get('ann_file')):
                 _check_exists(Path(evaluator.ann_file), f'{path}.ann_file', cfg)
                 _check_same_annotations(path, evaluator, loader)
+
+
+def starting_points(cfg: Config) -> dict[str, str]:
+    """Checkpoints that a training starts from, by the keys that name them."""
+    starts = {
+        f'{path}.checkpoint': part['checkpoint']
+        for path, part in dicts(cfg.model, 'model')
+        if part.get('type') == 'Pretrained' and part.get('checkpoint')
+    }
+    return starts | ({'load_from': cfg.load_from} if cfg.get('load_from') else {})
 
 
 def _warn_of_frozen_noise(cfg: Config) -> None:
@@ -375,7 +384,7 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
 
 def _source(path: str, cfg: Config) -> str:
     """Where the weights come from that one of our configs leaves in its work dir."""
-    for name, default in _places(cfg).items():
+    for name, default in places(cfg).items():
         config = next(ROOT.glob(f'configs/*/{Path(default).parent.name}.py'), None)
         if config is not None and path == os.environ.get(name, default):
             return (
@@ -386,7 +395,7 @@ def _source(path: str, cfg: Config) -> str:
     return ''
 
 
-def _places(cfg: Config) -> dict[str, str]:
+def places(cfg: Config) -> dict[str, str]:
     """The environment variables that a config reads as {{$NAME:default}}."""
     return dict(re.findall(r'\{\{\$(\w+):(\S*?)\}\}', cfg.text))
 
@@ -401,7 +410,7 @@ def _check_exists(path: Path, what: str, cfg: Config | None) -> None:
     if cfg is not None:
         ways = [
             f'the environment variable {name}'
-            for name, default in _places(cfg).items()
+            for name, default in places(cfg).items()
             if str(path).startswith(os.environ.get(name, default))
         ]
         ways.append(f'--cfg-options {what}=PLACE')
@@ -690,6 +699,13 @@ def _explain(error: Exception) -> str | None:
         errno.EROFS,
     ):
         return str(error)
+    # MMEngine's, where init_cfg.prefix does not fit the checkpoint
+    if str(error).endswith('is not in the pretrained model'):
+        return (
+            f'{error}: no name in it begins so. For a bare backbone set '
+            "model.backbone.init_cfg.prefix=None; the authors' weights go through "
+            'tools/model_converters/rednet_to_mmcls_involution.py.'
+        )
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     builds = [
         f

@@ -43,7 +43,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.utils.dl_utils import collect_env
 from preflight import UserError
-from reproduction_report import compare, describe, write
+from reproduction_report import batch_deviation, compare, describe, write
 from train import latest_checkpoint
 
 from mmcls_involution import __version__, compat
@@ -53,7 +53,7 @@ EXAMPLES = 6
 # What decides the result of a training, and of a test.
 TRAINING = (
     *('model', 'data_preprocessor', 'train_dataloader', 'train_cfg', 'optim_wrapper'),
-    *('param_scheduler', 'custom_hooks', 'load_from'),
+    *('param_scheduler', 'custom_hooks', 'load_from', 'auto_scale_lr'),
 )
 TESTING = (
     *('model', 'data_preprocessor', 'test_dataloader', 'test_cfg', 'test_evaluator'),
@@ -290,12 +290,19 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
     command = tool(job, 'train', '--work-dir', job.work_dir, '--resume', options=seed)
     before = job.record.get('train', {}).get('changed', [])
     facts = dict(
-        **provenance(command),
+        **provenance(job, command),
         processes=job.gpus or 1,
+        weights=pretrained(job.cfg),
         config=digests(job.cfg, TRAINING),
         changed=sorted({*before, *changed(job)}) if start else [],
     )
     job.remember('train', **facts)
+    if deviation := batch_deviation(job.cfg, job.name, facts['processes']):
+        print(
+            f'      Note: {deviation} See --gpus, and --cfg-options with '
+            'train_dataloader.batch_size=... or auto_scale_lr.enable=True.',
+            flush=True,
+        )
     call('train.py', command, descriptor)
     latest = latest_checkpoint(job.work_dir)
     if latest is None:
@@ -319,7 +326,7 @@ def test(job: Job, checkpoint: str, key: dict, descriptor: int) -> None:
         *(job, 'test', checkpoint, '--work-dir', job.folder / 'test'),
         *('--out', out, '--out-item', 'metrics'),
     )
-    facts = provenance(command)
+    facts = provenance(job, command)
     call('test.py', command, descriptor)
     scores, meta = mmengine.load(out), read_meta(checkpoint)
     job.remember(
@@ -359,7 +366,7 @@ def draw_examples(job: Job, checkpoint: str, key: dict, descriptor: int) -> None
         options=options,
         alone=True,
     )
-    facts = provenance(command)
+    facts = provenance(job, command)
     # Quiet, lest the scores of so few images be taken for a result.
     call('test.py', command, descriptor, quiet=True)
     job.remember('examples', key=key, **facts)
@@ -423,14 +430,20 @@ def call(name: str, command: list[str], descriptor: int, quiet: bool = False) ->
 # -------------------------------------------------------------------- what is on record
 
 
-def provenance(command: list[str]) -> dict[str, Any]:
+def provenance(job: Job, command: list[str]) -> dict[str, Any]:
     """When, by which command, from which sources and where something was computed."""
+    # The config names data and weights by them.
+    variables = [
+        f'{name}={shlex.quote(os.environ[name])}'
+        for name in preflight.places(job.cfg)
+        if name in os.environ
+    ]
     environment = {k: str(v) for k, v in collect_env().items() if 'seed' not in k}
     for library in ('mmcv', 'mmdet', 'mmsegmentation', 'mmpretrain'):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             environment[library] = importlib.metadata.version(library)
     return dict(
-        command=shlex.join(command),
+        command=' '.join([*variables, shlex.join(command)]),
         time=time.strftime('%Y-%m-%d %H:%M:%S'),
         revision=revision(),
         environment=environment,
@@ -465,11 +478,24 @@ def identity(checkpoint: str) -> str:
         return f'sha256 {hashlib.file_digest(file, "sha256").hexdigest()}'
 
 
+def pretrained(cfg: Config) -> dict[str, str]:
+    """What a training starts from: identities by the keys that name them."""
+    files = preflight.starting_points(cfg)
+    return {key: identity(file) for key, file in files.items()}
+
+
 def digests(cfg: Config, keys: tuple[str, ...]) -> dict[str, str]:
-    """Fingerprints of parts of a config, without what only changes the speed."""
+    """Fingerprints of parts of a config.
+
+    Without what only changes the speed, and without the places of pre-trained weights,
+    which :func:`pretrained` identifies.
+    """
     speed = ('num_workers', 'persistent_workers', 'pin_memory')
-    found = {}
-    for key, part in cfg.to_dict().items():
+    content, found = cfg.to_dict(), {}
+    for _, part in preflight.dicts(content):
+        if part.get('type') == 'Pretrained':
+            part.pop('checkpoint', None)
+    for key, part in content.items():
         if key in keys:
             if key.endswith('_dataloader'):
                 part = {name: part[name] for name in part if name not in speed}

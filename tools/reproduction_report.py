@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
 
 if TYPE_CHECKING:
+    from mmengine.config import Config
     from reproduce import Job
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -258,6 +259,25 @@ def compare(scores: dict[str, Any], facts: dict[str, dict]) -> list[dict[str, st
     return rows
 
 
+def batch_deviation(cfg: Config, name: str, processes: int) -> str | None:
+    """What a number of processes does to the batch that a config is for."""
+    batch = processes * cfg.train_dataloader.get('batch_size', 1)
+    batch *= cfg.optim_wrapper.get('accumulative_counts', 1)
+    scaling = cfg.get('auto_scale_lr') or {}
+    named = re.search(r'_(\d+)xb(\d+)', name)
+    recipe = scaling.get('base_batch_size') or (
+        int(named[1]) * int(named[2]) if named else batch
+    )
+    if batch == recipe:
+        return None
+    rate = 'scaled to that' if scaling.get('enable') else 'not scaled to that'
+    return (
+        f'{batch} images per iteration, over {processes} process'
+        f'{"es" if processes > 1 else ""}; the recipe is for {recipe}. The learning '
+        f'rate is {rate}.'
+    )
+
+
 def deviations(job: Job, trained: dict[str, Any], changed: list[str]) -> list[str]:
     """Where a training is known not to have followed the config's recipe.
 
@@ -271,18 +291,8 @@ def deviations(job: Job, trained: dict[str, Any], changed: list[str]) -> list[st
         found.append(f'Not the config as it stands: {" ".join(job.options)}.')
     if not trained:
         return found
-    cfg, processes = job.cfg, trained['processes']
-    batch = processes * cfg.train_dataloader.get('batch_size', 1)
-    batch *= cfg.optim_wrapper.get('accumulative_counts', 1)
-    named = re.search(r'_(\d+)xb(\d+)', job.name)
-    recipe = (cfg.get('auto_scale_lr') or {}).get('base_batch_size') or (
-        int(named[1]) * int(named[2]) if named else batch
-    )
-    if batch != recipe:
-        found.append(
-            f'{batch} images per iteration, over {processes} process'
-            f'{"es" if processes > 1 else ""}; the recipe is for {recipe}.'
-        )
+    if batch := batch_deviation(job.cfg, job.name, trained['processes']):
+        found.append(batch)
     if parts := sorted({*trained['changed'], *changed}):
         found.append(
             'The config was changed after the training had started: '
@@ -304,7 +314,7 @@ def describe(job: Job, changed: list[str]) -> dict[str, Any]:
     tested = record.get('test', {})
     checkpoint = tested.get('checkpoint') or job.given
     logs = job.work_dir
-    if checkpoint and '://' not in checkpoint:
+    if checkpoint:  # a URL is no folder of ours, and has no logs
         logs = Path(checkpoint).expanduser().absolute().parent
     if logs.absolute() != job.work_dir.absolute():
         record.pop('train', None)  # it is about other weights
@@ -345,6 +355,10 @@ def describe(job: Job, changed: list[str]) -> dict[str, Any]:
             if meta.get(unit)
         ),
         'Seed': str(meta.get('seed', 'not in the checkpoint')) if tested else '',
+        'Started from': '; '.join(
+            f'{key}: {file}'
+            for key, file in record.get('train', {}).get('weights', {}).items()
+        ),
         'Training logs': ', '.join(log.runs),
     }
     steps = [

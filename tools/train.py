@@ -138,15 +138,17 @@ def set_aside_checkpoints(runner: Runner) -> None:
     A run that does not go on from its work dir would overwrite them one by one.
     """
     work_dir = Path(runner.work_dir)
-    start = runner.cfg.get('load_from')
+    starts = preflight.starting_points(runner.cfg)
     earlier = sorted(work_dir.glob('*.pth'))
     if not earlier:
         return
-    if start and Path(start).absolute().parent == work_dir:
+    for key, start in starts.items():
+        if Path(start).absolute().parent != work_dir:
+            continue
         if runner.cfg.get('resume'):
             return
         raise UserError(
-            f"load_from is a checkpoint of this run's own work dir {work_dir}, which "
+            f"{key} is a checkpoint in this run's own work dir {work_dir}, which "
             'training would overwrite. Give another --work-dir, or go on with --resume.'
         )
     folder = work_dir / time.strftime('earlier_%Y%m%d_%H%M%S')

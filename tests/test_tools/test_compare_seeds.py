@@ -15,6 +15,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 pytest.importorskip('mmengine')
 
@@ -30,16 +31,22 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def write_run(
-    folder: Path, config: str, seed: int, score: float, **recipe: str
+    folder: Path, config: str, seed: int, score: float, **recipe: str | int
 ) -> Path:
     """What tools/reproduce.py leaves, as far as it is read."""
+    processes = recipe.pop('processes', 2)
+    train = dict(config=recipe, processes=processes, changed=[], finished='a.pth')
+    command = "DATA='a b' bash 'the tools/dist_test.sh'"
+    if processes == 1:
+        command = 'python tools/test.py'
     test = dict(
-        command=f"bash 'the tools/dist_test.sh' configs/{config}.py a.pth 2",
+        command=f'{command} configs/{config}.py a.pth --cfg-options model.x=1',
+        checkpoint=str(folder / 'a.pth'),
         meta=dict(seed=seed),
         scores={'mIoU': score, 'aAcc': 90.0},
     )
     (folder / 'report').mkdir(parents=True)
-    record = dict(train=dict(config=recipe), test=test)
+    record = dict(train=train, test=test)
     (folder / 'report' / 'record.json').write_text(json.dumps(record))
     data = folder / '20260101_000000' / 'vis_data'
     data.mkdir(parents=True)
@@ -70,8 +77,11 @@ def test_table_and_picture(tool, runs, monkeypatch, tmp_path, capsys):
     assert header == '| Config | Seeds | mIoU | Difference |'
     assert slow == f'| slow | 3 | 32.00 ± {statistics.stdev(SCORES["slow"]):.2f} |  |'
     assert quick == '| quick | 2 | 42.00 ± 2.83 | +10.00 |'
-    picture = cv2.imread(str(out))
-    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 10
+    picture = cv2.imread(str(out))[..., ::-1] / 255
+    for color in ('C0', 'C1'):  # the curves of both, in all three panels
+        distance = np.abs(picture - to_rgb(color)).max(axis=2)
+        panels = np.array_split(distance, 3, axis=1)
+        assert [bool((panel < 0.02).sum() > 20) for panel in panels] == [True] * 3
 
 
 def test_curves_are_those_of_the_logs(tool, runs):
@@ -102,6 +112,7 @@ def test_band_spans_the_points_that_all_have(tool):
     [
         (dict(seed=0), 'have the same seed, 0'),
         (dict(model='other'), 'with different settings'),
+        (dict(processes=1), 'with different settings'),
     ],
 )
 def test_what_are_no_repetitions_is_refused(
@@ -112,6 +123,27 @@ def test_what_are_no_repetitions_is_refused(
     with pytest.raises(SystemExit, match=message):
         call(tool, monkeypatch, *runs, '--out', tmp_path / 'a.png')
     assert not (tmp_path / 'a.png').exists()
+
+
+@pytest.mark.parametrize(
+    ('part', 'key', 'value', 'message'),
+    [
+        ('train', 'changed', ['model'], 'model of the config was changed'),
+        ('train', 'finished', None, 'no training that is finished'),
+        ('test', 'checkpoint', '/else/a.pth', 'the scores are of /else/a.pth, not of'),
+    ],
+)
+def test_what_is_not_the_result_of_its_config_is_refused(
+    tool, runs, part, key, value, message, monkeypatch, tmp_path
+):
+    file = runs[0] / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    record[part][key] = value
+    if value is None:
+        del record[part][key]
+    file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=message):
+        call(tool, monkeypatch, *runs, '--out', tmp_path / 'a.png')
 
 
 @pytest.mark.parametrize('missing', ['record', 'test', 'known scores'])
@@ -164,6 +196,7 @@ def test_configs_are_compared_by_one_recipe(data, tool, tmp_path):
     assert result.returncode == 0, result.stderr
     *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]
     assert last[0].endswith('compare_seeds.py')
+    compared = [Path(folder) for folder in last[1 : last.index('--out')]]
     tools, configs, flags = set(), set(), set()
     for call in calls:
         i, j = call.index('--seed'), call.index('--cfg-options')
@@ -173,6 +206,11 @@ def test_configs_are_compared_by_one_recipe(data, tool, tmp_path):
     seeds = [call[call.index('--seed') + 1] for call in calls]
     assert seeds == ['0', '1', '2'] and tools == {'tools/reproduce.py'}
     (configs,) = configs
+    assert compared == [  # the first config is what the others are compared with
+        Path(f'work_dirs/{data}-half', seed, Path(config).stem)
+        for config in configs
+        for seed in seeds
+    ]
 
     parser = argparse.ArgumentParser()
     preflight.add_cfg_options(parser)

@@ -110,6 +110,7 @@ def test_two_processes_train_as_one(seg_root, tmp_path):
         for result in pool.map(machine, '01'):
             assert result.returncode == 0, result.stderr[-3000:]
 
+    assert 'sync_bn' not in (two / config.name).read_text()
     assert len(logged(two, 'loss')) == 6
     assert_same_training(one, two, 'iter_6.pth')
     for key in ('mIoU', 'lr'):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import runpy
@@ -430,3 +431,52 @@ def test_tools_run_as_processes_of_this_python(tool, tmp_path, capfd):
             tool.call('train.py', [*command, 'fail'], descriptor, quiet=True)
     assert str(failure.value) == 'tools/train.py: no space left,\nthat is all'
     assert capfd.readouterr().out == ''
+
+
+def test_weights_to_start_from_are_on_record(tool, tmp_path, monkeypatch):
+    """By content: their place may change between two calls."""
+    pytest.importorskip('mmdet')
+    config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
+    files = [tmp_path / 'a b.pth', tmp_path / 'c.pth']
+    jobs = []
+    for file in files:
+        file.write_bytes(b'weights')
+        monkeypatch.setenv('REDNET50', str(file))
+        cfg = import_module('mmengine').Config.fromfile(config)
+        jobs.append(tool.Job(config, [], tmp_path, cfg))
+        command = tool.provenance(jobs[-1], ['python', 'x'])['command']
+        assert f'REDNET50={"" if file is files[1] else chr(39)}{file}' in command
+        assert command.endswith(' python x')
+    digest = hashlib.sha256(b'weights').hexdigest()
+    assert [tool.pretrained(job.cfg) for job in jobs] == 2 * [
+        {'model.backbone.init_cfg.checkpoint': f'sha256 {digest}'}
+    ]
+    for keys in (tool.TRAINING, tool.TESTING):
+        assert tool.digests(jobs[0].cfg, keys) == tool.digests(jobs[1].cfg, keys)
+    jobs[1].cfg.model.backbone.init_cfg = None
+    assert tool.pretrained(jobs[1].cfg) == {}
+    assert tool.digests(jobs[0].cfg, keys) != tool.digests(jobs[1].cfg, keys)
+
+
+def test_batch_of_another_recipe_is_named_before_training(tool, tmp_path, monkeypatch):
+    pytest.importorskip('mmdet')
+    config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
+    cfg = import_module('mmengine').Config.fromfile(config)
+    cfg.model.backbone.init_cfg = None
+
+    class Started(Exception):
+        pass
+
+    def call(*_: object) -> None:
+        raise Started
+
+    monkeypatch.setattr(tool, 'call', call)
+    printed: list[str] = []
+    monkeypatch.setattr('builtins.print', lambda *texts, **_: printed.extend(texts))
+    for gpus, notes in ((8, 0), (4, 1)):
+        printed.clear()
+        with pytest.raises(Started):
+            tool.train(tool.Job(config, [], tmp_path, cfg, gpus=gpus), None, 0)
+        assert (
+            len([text for text in printed if 'the recipe is for 16' in text]) == notes
+        )

@@ -158,15 +158,32 @@ def test_page_of_a_paper_config(report, tool, tmp_path):
     job.record['train']['processes'] = 1
     page = describe(job)
     assert page['notes'] == [
-        '2 images per iteration, over 1 process; the recipe is for 16.'
+        '2 images per iteration, over 1 process; the recipe is for 16. The learning '
+        'rate is not scaled to that.'
     ]
     assert page['rows'][0]['verdict'] == 'within tolerance, by another recipe'
+    job.cfg.auto_scale_lr.enable = True
+    assert describe(job)['notes'][0].endswith('The learning rate is scaled to that.')
     job.error = 'no space left'
     assert describe(job)['rows'][0]['verdict'].endswith('this call failed')
     job.cfg.optim_wrapper.optimizer.lr = 1
     assert 'optim_wrapper' in describe(job)['notes'][1]
     page = describe(paper_job(tool, tmp_path, ['model.x=1']))
     assert page['notes'] == ['Not the config as it stands: model.x=1.']
+
+
+def test_page_of_a_downloaded_checkpoint(report, tool, tmp_path):
+    """The training in the work dir is not that of the weights."""
+    pytest.importorskip('mmdet')
+    job = paper_job(tool, tmp_path, [])
+    write_log(tmp_path, '1', False, [train_line(10, 5)])
+    steps = ['Training', 'Test']
+    assert [name for name, _ in report.describe(job, [])['steps']] == steps
+    job.record['test']['checkpoint'] = 'https://example.com/epoch_12.pth'
+    page = report.describe(job, [])
+    assert [name for name, _ in page['steps']] == ['Test']
+    assert page['notes'] == ['Trained by other means: how is not on record here.']
+    assert page['curves'] is None
 
 
 def test_paper_figures_are_known_scores(report):

@@ -230,6 +230,11 @@ def test_a_new_run_keeps_the_checkpoints_of_the_earlier_one(checkpoint, tool, tm
     message = tool('train', 'segmenter', '--work-dir', work, *options)
     assert 'own work dir' in message and '--resume' in message
     assert (work / 'iter_1.pth').exists()
+    key = 'model.backbone.init_cfg'
+    options[-1:] = [f'{key}.type=Pretrained', f'{key}.checkpoint={work / "iter_1.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', work, *options)
+    assert f'{key}.checkpoint is a checkpoint in this run' in message
+    assert (work / 'iter_1.pth').exists()
 
 
 # ----------------------------------------------------------------- every config of ours
@@ -668,6 +673,20 @@ def test_missing_weights_say_how_to_get_them(file, place, tool, tmp_path, monkey
 @pytest.fixture
 def nowhere() -> str:
     return 'no-such-folder'
+
+
+def test_prefix_that_does_not_fit_is_explained(tool, tmp_path):
+    bare, work_dir = tmp_path / 'bare.pth', tmp_path / 'work'
+    torch.save(dict(state_dict={'stem.0.conv.weight': torch.zeros(16, 3, 3, 3)}), bare)
+    start = dict(type='Pretrained', checkpoint=bare, prefix='backbone.')
+    options = [f'model.backbone.init_cfg.{key}={value}' for key, value in start.items()]
+    message = tool(
+        'train', 'detector', '--work-dir', work_dir, '--cfg-options', *options
+    )
+    assert message.startswith(
+        'Error: backbone. is not in the pretrained model: no name'
+    )
+    assert 'set model.backbone.init_cfg.prefix=None' in message
 
 
 def test_missing_config_names_similar_ones(tool):

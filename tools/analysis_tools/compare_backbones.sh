@@ -48,4 +48,10 @@ for seed in ${SEEDS:-0 1 2}; do
     python tools/reproduce.py "${configs[@]}" --seed "$seed" --work-dir "$runs/$seed" \
         ${options[@]+"${options[@]}"}
 done
-python tools/analysis_tools/compare_seeds.py "$runs"/*/*/ --out "$runs/comparison.png"
+work_dirs=()
+for config in "${configs[@]}"; do  # ResNet-50 first: the others are compared with it
+    for seed in ${SEEDS:-0 1 2}; do
+        work_dirs+=("$runs/$seed/$(basename "$config" .py)")
+    done
+done
+python tools/analysis_tools/compare_seeds.py "${work_dirs[@]}" --out "$runs/comparison.png"

@@ -1,9 +1,9 @@
 """Compare configs over several seeds, from the work dirs of tools/reproduce.py.
 
     for seed in 0 1 2; do
-        python tools/reproduce.py CONFIG CONFIG --seed $seed --work-dir runs/$seed
+        python tools/reproduce.py CONFIG.py OTHER.py --seed $seed --work-dir runs/$seed
     done
-    python tools/analysis_tools/compare_seeds.py runs/*/*/ --out comparison.png
+    python tools/analysis_tools/compare_seeds.py runs/*/CONFIG runs/*/OTHER
 
 Prints a Markdown table: mean and sample standard deviation of the test scores, and how
 far each config is from the first. Draws loss and validation scores over the training,
@@ -20,6 +20,7 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from preflight import UserError, one_message_per_error  # noqa: E402
@@ -34,7 +35,8 @@ class Run:
         folder: Its work dir.
         config: Name of its config.
         seed: Of the training.
-        recipe: Fingerprints of the config's parts that decide the training.
+        recipe: Fingerprints of the config's parts that decide the training, and the
+            number of processes.
         scores: Of the test, as MMEngine names and scales them.
         log: Losses and validation scores, by iteration.
     """
@@ -42,7 +44,7 @@ class Run:
     folder: Path
     config: str
     seed: int
-    recipe: dict[str, str]
+    recipe: dict[str, Any]
     scores: dict[str, float]
     log: Log
 
@@ -56,17 +58,31 @@ def read_run(folder: Path) -> Run:
     try:
         record = json.loads((folder / 'report' / 'record.json').read_text())
         train, test = record['train'], record['test']
-        # The commands are 'python tools/test.py CONFIG ...' or those of dist_test.sh.
-        name = Path(shlex.split(test['command'])[2]).stem
+        changed, last = train['changed'], folder / train['finished']
+        recipe = dict(**train['config'], processes=train['processes'])
+        # '[NAME=VALUE ...] python tools/test.py CONFIG ...', or with dist_test.sh
+        words = [Path(word) for word in shlex.split(test['command'])]
+        (name, *_) = [w.stem for w in words if w.suffix == '.py' and w.stem != 'test']
         seed, scores = test['meta']['seed'], test['scores']
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
             f'{folder} has no training that is finished and tested '
             f'({type(error).__name__}: {error}). Name work dirs of tools/reproduce.py.'
         ) from error
+    if changed or Path(test['checkpoint']).absolute() != last.absolute():
+        raise UserError(
+            f'{folder}: '
+            + (
+                f'{", ".join(changed)} of the config was changed during the training'
+                if changed
+                else f'the scores are of {test["checkpoint"]}, not of its last '
+                f'checkpoint, {last.name}'
+            )
+            + '. Run tools/reproduce.py again, in a new work dir if need be.'
+        )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)
-    return Run(folder, name, seed, train['config'], scores, log)
+    return Run(folder, name, seed, recipe, scores, log)
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
