@@ -119,6 +119,37 @@ def test_dilation_keeps_the_resolution(avg_down):
     assert [module.dilation for module in involutions(model.layer4)] == [4]
 
 
+def test_gradients_are_those_of_the_papers_pseudo_code(monkeypatch):
+    """Of the whole network; autograd alone derives the pseudo-code."""
+    ours = RedNet(**SLIM, out_indices=(0, 1, 2, 3))
+    for norm in ours.modules():  # else the residual branches start as zero
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+    theirs = copy.deepcopy(ours)
+    x = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+
+    def train(model: RedNet) -> list[torch.Tensor]:
+        outs = model.double().train()(x)
+        sum(out.square().sum() for out in outs).backward()
+        return [out.detach() for out in outs]
+
+    def pseudo_code(self: Involution2d, x: torch.Tensor) -> torch.Tensor:
+        k, stride = self.kernel_size, self.stride
+        y = nn.functional.avg_pool2d(x, stride, stride) if stride > 1 else x
+        kernels = self.conv2(self.conv1(y)).unflatten(1, (-1, k * k))
+        columns = nn.functional.unfold(x, k, 1, (k - 1) // 2, stride)
+        shape = (len(x), kernels.shape[1], -1, *kernels.shape[2:])
+        return (kernels.unsqueeze(2) * columns.view(shape)).sum(3).flatten(1, 2)
+
+    levels = train(ours)
+    monkeypatch.setattr(Involution2d, 'forward', pseudo_code)
+    torch.testing.assert_close(levels, train(theirs), rtol=1e-10, atol=1e-10)
+    for (name, parameter), other in zip(
+        ours.named_parameters(), theirs.parameters(), strict=True
+    ):
+        assert (parameter.grad - other.grad).norm() < 1e-10 * other.grad.norm(), name
+
+
 def test_every_parameter_is_trained():
     model = RedNet(**SLIM)
     model.init_weights()
