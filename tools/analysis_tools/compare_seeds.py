@@ -53,7 +53,8 @@ def read_run(folder: Path) -> Run:
     """Read what tools/reproduce.py has left in a work dir.
 
     Raises:
-        UserError: If it has left no training with a test of it there.
+        UserError: If it has left no training with a test of it there, or the scores
+            are not those of the config.
     """
     try:
         record = json.loads((folder / 'report' / 'record.json').read_text())
@@ -69,16 +70,15 @@ def read_run(folder: Path) -> Run:
             f'{folder} has no training that is finished and tested '
             f'({type(error).__name__}: {error}). Name work dirs of tools/reproduce.py.'
         ) from error
-    if changed or Path(test['checkpoint']).absolute() != last.absolute():
+    problem = None
+    if changed:
+        problem = f'{", ".join(changed)} of the config was changed during the training'
+    elif Path(test['checkpoint']).absolute() != last.absolute():
+        problem = f'the scores are of {test["checkpoint"]}, not of {last}'
+    if problem:
         raise UserError(
-            f'{folder}: '
-            + (
-                f'{", ".join(changed)} of the config was changed during the training'
-                if changed
-                else f'the scores are of {test["checkpoint"]}, not of its last '
-                f'checkpoint, {last.name}'
-            )
-            + '. Run tools/reproduce.py again, in a new work dir if need be.'
+            f'{folder}: {problem}. Run tools/reproduce.py again, in a new work dir if '
+            'need be.'
         )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)
@@ -107,7 +107,7 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
     return dict(configs)
 
 
-def test_scores(runs: list[Run], key: str) -> list[float]:
+def tested(runs: list[Run], key: str) -> list[float]:
     """One score of several tests, in per cent, as far as it could be computed."""
     scores = (per_cent(key, run.scores) for run in runs)
     return [score for score in scores if score is not None]
@@ -124,7 +124,7 @@ def table(configs: dict[str, list[Run]], keys: list[str]) -> str:
     for name, runs in configs.items():
         line = f'| {name} | {len(runs)} |'
         for key in keys:
-            scores, digits = test_scores(runs, key), METRICS[key].digits
+            scores, digits = tested(runs, key), METRICS[key].digits
             if not scores:
                 line += ' – | – |'
                 continue
@@ -166,7 +166,7 @@ def plot(configs: dict[str, list[Run]], keys: list[str], out: Path) -> None:
             draw_band(course, points, color, None)
             label = f'{METRICS[key].label}, per cent'
             course.set(xlabel='iteration', ylabel=f'validation {label}')
-            scores = test_scores(runs, key)
+            scores = tested(runs, key)
             tests.plot([i] * len(scores), scores, 'o', color=color, alpha=0.6)
             if scores:
                 mean = statistics.mean(scores)
