@@ -73,7 +73,7 @@ def read_run(folder: Path) -> Run:
     problem = None
     if changed:
         problem = f'{", ".join(changed)} of the config was changed during the training'
-    elif Path(test['checkpoint']).absolute() != last.absolute():
+    elif Path(test['checkpoint']).resolve() != last.resolve():
         problem = f'the scores are of {test["checkpoint"]}, not of {last}'
     if problem:
         raise UserError(
