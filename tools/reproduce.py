@@ -288,13 +288,14 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
     print(f'[1/4] Training: {job.work_dir}', flush=True)
     seed = [] if job.seed is None else [f'randomness.seed={job.seed}']
     command = tool(job, 'train', '--work-dir', job.work_dir, '--resume', options=seed)
-    before = job.record.get('train', {}).get('changed', [])
+    before = job.record.get('train', {})
     facts = dict(
         **provenance(job, command),
         processes=job.gpus or 1,
-        weights=pretrained(job.cfg),
+        # A resumed training reads them from its checkpoint.
+        weights=before.get('weights', {}) if start else pretrained(job.cfg),
         config=digests(job.cfg, TRAINING),
-        changed=sorted({*before, *changed(job)}) if start else [],
+        changed=sorted({*before.get('changed', []), *changed(job)}) if start else [],
     )
     job.remember('train', **facts)
     if deviation := batch_deviation(job.cfg, job.name, facts['processes']):

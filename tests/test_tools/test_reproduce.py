@@ -453,6 +453,17 @@ def test_weights_to_start_from_are_on_record(tool, tmp_path, monkeypatch):
     ]
     for keys in (tool.TRAINING, tool.TESTING):
         assert tool.digests(jobs[0].cfg, keys) == tool.digests(jobs[1].cfg, keys)
+    # A resumed training has started from what the first call has found.
+    monkeypatch.setattr(tool, 'call', lambda *_: (tmp_path / 'epoch_1.pth').touch())
+    monkeypatch.setattr(
+        tool, 'latest_checkpoint', lambda folder: folder / 'epoch_1.pth'
+    )
+    job = jobs[0]
+    tool.train(job, None, 0)
+    assert job.record['train']['weights'] == tool.pretrained(job.cfg)
+    files[0].write_bytes(b'others')
+    tool.train(job, str(tmp_path / 'epoch_1.pth'), 0)
+    assert list(job.record['train']['weights'].values()) == [f'sha256 {digest}']
     jobs[1].cfg.model.backbone.init_cfg = None
     assert tool.pretrained(jobs[1].cfg) == {}
     assert tool.digests(jobs[0].cfg, keys) != tool.digests(jobs[1].cfg, keys)
