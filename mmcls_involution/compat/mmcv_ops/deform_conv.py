@@ -314,7 +314,7 @@ def _convolve(
     stride, padding, dilation, group, deformable_group = options
     _, height, width = image.shape
     kernel, size = weight.shape[2:], offset.shape[1:]
-    moves = offset.view(deformable_group, kernel.numel(), 2, *size)
+    moves = offset.reshape(deformable_group, kernel.numel(), 2, *size)
     axes = []
     for axis in range(2):
         out = torch.arange(size[axis]).to(offset) * stride[axis] - padding[axis]
@@ -326,7 +326,7 @@ def _convolve(
         axes.append(grid.expand(shape).reshape(1, -1, *size) + moves[:, :, axis])
     y, x = axes
     inside = (y > -1) & (y < height) & (x > -1) & (x < width)
-    planes = image.view(deformable_group, -1, height * width)
+    planes = image.reshape(deformable_group, -1, height * width)
     columns = 0
     for row, row_share in _neighbours(y):
         for column, column_share in _neighbours(x):
@@ -337,9 +337,9 @@ def _convolve(
             share = torch.where(there, row_share * column_share, 0)
             columns = columns + planes.gather(2, place) * share.flatten(1)[:, None]
     if mask is not None:
-        columns = columns * mask.view(deformable_group, 1, -1)
-    columns = columns.view(group, -1, size.numel())
-    output = weight.view(group, len(weight) // group, -1) @ columns
+        columns = columns * mask.reshape(deformable_group, 1, -1)
+    columns = columns.reshape(group, -1, size.numel())
+    output = weight.reshape(group, len(weight) // group, -1) @ columns
     output = output.view(len(weight), *size)
     return output if bias is None else output + bias[:, None, None]
 

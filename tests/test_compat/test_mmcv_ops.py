@@ -1,0 +1,563 @@
+"""mmcv's operators without a compiled mmcv, against four references:
+
+golden values of compiled mmcv 2.1.0 (how they were made: mmcv_cases.py), loops over
+single values in float64, PyTorch's own gradients, and numerical ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mmcv_cases import GOLDEN, boxes, cases, normal, with_gradients
+
+from mmcls_involution import compat
+
+compat.apply()
+ops = pytest.importorskip('mmcv.ops')
+
+from mmcls_involution.compat import mmcv_ops  # noqa: E402
+from mmcls_involution.compat.mmcv_ops import lane  # noqa: E402
+from mmcls_involution.compat.mmcv_ops.operators import OPERATORS  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+both_lanes = pytest.mark.parametrize(
+    'operators', ['torch', 'torchvision'], indirect=True
+)
+
+
+@pytest.fixture(autouse=True)
+def operators(request, monkeypatch):
+    """Puts our operators below ``mmcv.ops``, where mmcv is compiled too."""
+    lane.runs_on.cache_clear()
+    if getattr(request, 'param', 'torch') == 'torch':
+        monkeypatch.setattr(lane, 'runs_on', lambda device: False)
+    elif not lane.runs_on('cpu'):
+        pytest.skip("torchvision's compiled operators do not run beside this torch")
+    functions = SimpleNamespace(**OPERATORS)
+    for name, module in list(sys.modules.items()):
+        if name.startswith('mmcv.ops.') and hasattr(module, 'ext_module'):
+            monkeypatch.setattr(module, 'ext_module', functions)
+
+
+@pytest.fixture
+def rng(request):
+    seed = np.random.SeedSequence().entropy % 2**32
+    print(f'seed {seed}')
+    return np.random.default_rng(seed)
+
+
+# ------------------------------------------------------------------ against mmcv itself
+
+
+@functools.cache
+def golden() -> dict[str, np.ndarray]:
+    with np.load(GOLDEN) as file:
+        return dict(file)
+
+
+def check_against_golden(name, call):
+    kept = golden()
+    for i, tensor in enumerate(call()):
+        expected = torch.from_numpy(kept[f'{name} [{i}]'])
+        assert tensor.dtype == expected.dtype, name
+        # float32, sums in another order: a few units in the last place of the scale
+        scale = max(1.0, expected.abs().max().item()) if expected.numel() else 1.0
+        torch.testing.assert_close(
+            tensor, expected, rtol=0, atol=2e-6 * scale, msg=lambda m: f'{name}: {m}'
+        )
+
+
+@both_lanes
+@pytest.mark.parametrize(
+    'kind',
+    [
+        'nms',
+        'soft_nms',
+        'roi_align',
+        'deform',
+        'modulated',
+        'psa_mask',
+        'bbox_overlaps',
+    ],
+)
+def test_same_values_as_compiled_mmcv(kind):
+    chosen = [(name, call) for name, call in cases() if name.startswith(kind)]
+    assert chosen
+    for name, call in chosen:
+        check_against_golden(name, call)
+
+
+def test_every_golden_value_is_compared():
+    names = {name.rpartition(' [')[0] for name in golden()}
+    assert names == {name for name, _ in cases()}
+
+
+# ---------------------------------------------------------------- against single values
+
+
+def bilinear(plane, y, x):
+    """One sample of RoIAlign: features end at their last pixel, not at zero."""
+    height, width = plane.shape
+    if y < -1 or y > height or x < -1 or x > width:
+        return 0.0
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    y0, x0 = int(y), int(x)
+    y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
+    fy, fx = y - y0, x - x0
+    upper = (1 - fx) * plane[y0, x0] + fx * plane[y0, x1]
+    lower = (1 - fx) * plane[y1, x0] + fx * plane[y1, x1]
+    return float((1 - fy) * upper + fy * lower)
+
+
+def slow_roi_align(x, rois, bins, scale, sampling_ratio, mode, aligned):
+    output = torch.zeros(len(rois), x.shape[1], *bins, dtype=torch.float64)
+    shift = 0.5 if aligned else 0.0
+    for n, (index, *box) in enumerate(rois.double().tolist()):
+        x1, y1, x2, y2 = (value * scale - shift for value in box)
+        height, width = y2 - y1, x2 - x1
+        if not aligned:
+            height, width = max(height, 1.0), max(width, 1.0)
+        step_y, step_x = height / bins[0], width / bins[1]
+        ny = sampling_ratio or math.ceil(step_y)
+        nx = sampling_ratio or math.ceil(step_x)
+        for c in range(x.shape[1]):
+            for py in range(bins[0]):
+                for px in range(bins[1]):
+                    values = [
+                        bilinear(
+                            x[int(index), c],
+                            y1 + py * step_y + (iy + 0.5) * step_y / ny,
+                            x1 + px * step_x + (ix + 0.5) * step_x / nx,
+                        )
+                        for iy in range(ny)
+                        for ix in range(nx)
+                    ]
+                    best = max(values) if mode == 'max' else np.mean(values)
+                    output[n, c, py, px] = best
+    return output
+
+
+def random_rois(rng, n, size):
+    index = torch.from_numpy(rng.integers(0, 2, (n, 1))).float()
+    return torch.cat([index, boxes(rng, n, size)], 1)
+
+
+@both_lanes
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+@pytest.mark.parametrize('aligned', [True, False])
+@pytest.mark.parametrize('sampling_ratio', [0, 1, 3])
+def test_roi_align(mode, aligned, sampling_ratio, rng):
+    x, rois = normal(rng, 2, 2, 9, 13).double(), random_rois(rng, 5, 24).double()
+    arguments = ((3, 2), 0.5, sampling_ratio, mode, aligned)
+    expected = slow_roi_align(x, rois, *arguments)
+    torch.testing.assert_close(ops.roi_align(x, rois, *arguments), expected)
+    last = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(ops.roi_align(last, rois, *arguments), expected)
+
+
+@pytest.mark.parametrize('mode', ['avg', 'max'])
+def test_gradient_of_roi_align(mode, rng):
+    x = normal(rng, 2, 2, 6, 5).double().requires_grad_()
+    rois = random_rois(rng, 4, 6).double()
+    torch.autograd.gradcheck(
+        lambda x: ops.roi_align(x, rois, (3, 2), 1.0, 2, mode, True), x
+    )
+
+
+def slow_roi_pool(x, rois, bins, scale):
+    """Differentiable; the largest feature of each bin, bins rounded outwards."""
+    height, width = x.shape[2:]
+    rows = []
+    for index, x1, y1, x2, y2 in rois.tolist():
+        x1, y1, x2, y2 = x1 * scale, y1 * scale, (x2 + 1) * scale, (y2 + 1) * scale
+        for py in range(bins[0]):
+            for px in range(bins[1]):
+                step_y, step_x = (y2 - y1) / bins[0], (x2 - x1) / bins[1]
+                top = min(max(math.floor(py * step_y + y1), 0), height)
+                bottom = min(max(math.ceil((py + 1) * step_y + y1), 0), height)
+                left = min(max(math.floor(px * step_x + x1), 0), width)
+                right = min(max(math.ceil((px + 1) * step_x + x1), 0), width)
+                part = x[int(index), :, top:bottom, left:right]
+                rows.append(
+                    part.amax((1, 2)) if part.numel() else x.new_zeros(len(x[0]))
+                )
+    return torch.stack(rows).view(len(rois), *bins, -1).permute(0, 3, 1, 2)
+
+
+def test_roi_pool(rng):
+    x, rois = normal(rng, 2, 3, 9, 7).double(), random_rois(rng, 6, 30).double()
+    for ours, theirs in zip(
+        with_gradients(lambda x: ops.roi_pool(x, rois, (3, 2), 0.25), x),
+        with_gradients(lambda x: slow_roi_pool(x, rois, (3, 2), 0.25), x),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_equal_features_are_pooled_from_the_first():
+    x, rois = torch.zeros(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 3, 3]])
+    expected = torch.zeros(1, 1, 4, 4)
+    expected[0, 0, 0, 0] = 1
+    x.requires_grad_()
+    ops.roi_pool(x, rois, 1, 1.0).sum().backward()
+    assert torch.equal(x.grad, expected)
+
+
+@both_lanes
+@pytest.mark.parametrize('offset', [0, 1])
+def test_nms_keeps_what_no_kept_box_overlaps(offset, rng):
+    dets, scores = boxes(rng, 300, 60), torch.from_numpy(rng.uniform(size=300)).float()
+    kept = []
+    for i in scores.argsort(descending=True).tolist():
+        ious = ops.bbox_overlaps(dets[i, None], dets[kept], offset=offset)
+        if not kept or (ious <= 0.4).all():
+            kept.append(i)
+    assert ops.nms(dets, scores, 0.4, offset=offset)[1].tolist() == kept
+
+
+@both_lanes
+def test_an_overlap_of_just_the_threshold_is_kept():
+    """Both of mmcv's kernels compare in float32, where 0.3 is a little more."""
+    dets = torch.tensor([[0.0, 0, 10, 1], [0, 0, 3, 1]])
+    assert ops.bbox_overlaps(dets[:1], dets[1:]).item() == np.float32(0.3)
+    assert len(ops.nms(dets, torch.tensor([1.0, 0.5]), 0.3)[1]) == 2
+    assert len(ops.nms_match(torch.cat([dets, torch.ones(2, 1)], 1), 0.3)) == 1
+
+
+# -------------------------------------------------------------------- against PyTorch
+
+
+@pytest.mark.parametrize('gamma, alpha', [(2.0, 0.25), (1.5, 0.7)])
+@pytest.mark.parametrize('weighted', [False, True])
+def test_sigmoid_focal_loss(gamma, alpha, weighted, rng):
+    x = 3 * normal(rng, 9, 4).double()
+    labels = torch.tensor([0, 1, 2, 3, 4, 4, 1, 0, 2])  # 4 is the background
+    weight = normal(rng, 4).abs().double() if weighted else None
+
+    def loss(x):
+        one_hot = F.one_hot(labels, 5)[:, :4]
+        p = x.sigmoid()
+        hit = one_hot * p + (1 - one_hot) * (1 - p)
+        balance = one_hot * alpha + (1 - one_hot) * (1 - alpha)
+        value = -balance * (1 - hit) ** gamma * hit.log()
+        if weighted:
+            value = value * torch.cat([weight, weight.new_ones(1)])[labels, None]
+        return value
+
+    for reduction in ('none', 'sum', 'mean'):
+        expected = {
+            'none': loss,
+            'sum': lambda x: loss(x).sum(),
+            'mean': lambda x: loss(x).sum() / len(x),
+        }[reduction]
+        for ours, theirs in zip(
+            with_gradients(
+                lambda x, r=reduction: ops.sigmoid_focal_loss(
+                    x, labels, gamma, alpha, weight, r
+                ),
+                x,
+            ),
+            with_gradients(expected, x),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize('weighted', [False, True])
+def test_softmax_focal_loss(weighted, rng):
+    x = normal(rng, 7, 4).double()
+    labels = torch.tensor([0, 1, 2, 3, -1, 1, 2])
+    weight = normal(rng, 4).abs().double() if weighted else None
+
+    def loss(x):
+        p = x.softmax(1).gather(1, labels.clamp(min=0)[:, None])[:, 0]
+        value = -0.25 * (1 - p) ** 2 * p.log()
+        if weighted:
+            value = value * weight[labels.clamp(min=0)]
+        return torch.where(labels < 0, 0, value).sum()
+
+    for ours, theirs in zip(
+        with_gradients(
+            lambda x: ops.softmax_focal_loss(x, labels, 2.0, 0.25, weight, 'sum'), x
+        ),
+        with_gradients(loss, x),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_certain_logits_give_finite_losses():
+    x = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    for label in (0, 1, 2):
+        loss = ops.sigmoid_focal_loss(x, torch.tensor([label]), 2.0, 0.25, None, 'sum')
+        (slope,) = torch.autograd.grad(loss, x)
+        assert loss.isfinite() and slope.isfinite().all()
+
+
+@both_lanes
+def test_deformable_convolution_at_rest_is_a_convolution(rng):
+    x, weight = normal(rng, 2, 4, 7, 8), normal(rng, 6, 2, 3, 3)
+    offset, mask = torch.zeros(2, 36, 4, 4), torch.full((2, 18, 4, 4), 0.5)
+    expected = F.conv2d(x, weight, None, 2, 1, 1, 2)
+    ours = ops.deform_conv2d(x, offset, weight, 2, 1, 1, 2, 2)
+    torch.testing.assert_close(ours, expected)
+    ours = ops.modulated_deform_conv2d(x, offset, mask, weight, None, 2, 1, 1, 2, 2)
+    torch.testing.assert_close(ours, expected / 2)
+
+
+@both_lanes
+def test_deformable_convolution_in_channels_last_memory(rng):
+    x, offset, mask, weight = (
+        normal(rng, *shape)
+        for shape in ((2, 4, 7, 8), (2, 36, 7, 8), (2, 18, 7, 8), (6, 4, 3, 3))
+    )
+
+    def modulated(x, offset, mask, weight):
+        return ops.modulated_deform_conv2d(x, offset, mask, weight, None, 1, 1, 1, 1, 2)
+
+    tensors = [x, offset, mask, weight]
+    last = [t.contiguous(memory_format=torch.channels_last) for t in tensors]
+    for ours, theirs in zip(
+        with_gradients(modulated, *last),
+        with_gradients(modulated, *tensors),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_gradients_of_deformable_convolution(rng):
+    shapes = [(2, 2, 3, 4), (2, 12, 3, 4), (2, 6, 3, 4), (3, 2, 3, 2), (3,)]
+    x, offset, mask, weight, bias = (
+        normal(rng, *shape).double().requires_grad_() for shape in shapes
+    )
+
+    def modulated(x, offset, mask, weight, bias):
+        return ops.modulated_deform_conv2d(x, offset, mask, weight, bias, 1, (1, 0))
+
+    offset = offset[..., :3].detach().requires_grad_()
+    mask = mask[..., :3].detach().requires_grad_()
+    leaves = (x, offset, mask, weight, bias)
+    assert torch.autograd.gradcheck(modulated, leaves, fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda x, offset, weight: ops.deform_conv2d(x, offset, weight, 1, (1, 0)),
+        (x, offset, weight),
+        fast_mode=True,
+    )
+
+
+def slow_carafe(x, masks, kernel_size, groups, scale):
+    n, c, h, w = x.shape
+    half = kernel_size // 2
+    padded = F.pad(x, [half] * 4)
+    rows = []
+    for i in range(h * scale):
+        for j in range(w * scale):
+            y0, x0 = i // scale, j // scale
+            window = padded[:, :, y0 : y0 + kernel_size, x0 : x0 + kernel_size]
+            window = window.reshape(n, groups, c // groups, -1)
+            mask = masks[:, :, i, j].reshape(n, groups, 1, -1)
+            rows.append((window * mask).sum(3).view(n, c))
+    return torch.stack(rows, 2).view(n, c, h * scale, w * scale)
+
+
+@pytest.mark.parametrize('naive', [True, False])
+def test_carafe(naive, rng):
+    x, masks = normal(rng, 2, 4, 3, 5).double(), normal(rng, 2, 18, 6, 10).double()
+    function = OPERATORS['carafe_naive_forward' if naive else 'carafe_forward']
+    output, kept = torch.empty(2, 4, 6, 10).double(), torch.empty_like(x)
+    scratch = () if naive else (kept, None, None)
+    function(x, masks, *scratch, output, kernel_size=3, group_size=2, scale_factor=2)
+    slow = with_gradients(lambda *t: slow_carafe(*t, 3, 2, 2), x, masks)
+    torch.testing.assert_close(output, slow[0])
+    weight = normal(np.random.default_rng(0), *output.shape).to(output)
+    gradients = torch.empty_like(x), torch.empty_like(masks)
+    if naive:
+        arguments = (weight, x, masks, *gradients)
+    else:
+        arguments = (weight, kept, masks, None, None, None, None, *gradients)
+    OPERATORS[function.__name__.replace('forward', 'backward')](*arguments, 3, 2, 2)
+    torch.testing.assert_close(gradients, tuple(slow[1:]))
+
+
+def test_masked_convolution(rng):
+    x, weight, bias = normal(rng, 1, 3, 6, 7), normal(rng, 4, 3, 3, 3), normal(rng, 4)
+    mask = torch.from_numpy(rng.uniform(size=(1, 6, 7)) > 0.5).float()
+    expected = F.conv2d(x, weight, bias, padding=1) * mask
+    torch.testing.assert_close(ops.masked_conv2d(x, mask, weight, bias, 1), expected)
+
+
+def test_deformable_attention(rng):
+    from mmcv.ops.multi_scale_deform_attn import (
+        MultiScaleDeformableAttnFunction,
+        multi_scale_deformable_attn_pytorch,
+    )
+
+    shapes = torch.tensor([[3, 4], [2, 2]])
+    value = normal(rng, 2, 16, 2, 4)
+    places = torch.from_numpy(rng.uniform(size=(2, 5, 2, 2, 3, 2))).float()
+    shares = normal(rng, 2, 5, 2, 2, 3).softmax(-1)
+    start = torch.tensor([0, 12])
+    for ours, theirs in zip(
+        with_gradients(
+            lambda v, p, s: MultiScaleDeformableAttnFunction.apply(
+                v, shapes, start, p, s, 64
+            ),
+            *(value, places, shares),
+        ),
+        with_gradients(
+            lambda v, p, s: multi_scale_deformable_attn_pytorch(v, shapes, p, s),
+            *(value, places, shares),
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+# -------------------------------------------------------------------------- all of them
+
+
+@both_lanes
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_is_float32_rounded(dtype, rng):
+    """As autocast brings it; the sums themselves are of float32."""
+    x, rois = normal(rng, 2, 3, 9, 8).to(dtype), random_rois(rng, 5, 8).to(dtype)
+    for mode in ('avg', 'max'):
+
+        def pool(x, mode=mode):
+            return ops.roi_align(x, rois.to(x), 3, 1.0, 2, mode)
+
+        low, high = with_gradients(pool, x), with_gradients(pool, x.float())
+        assert low[0].dtype == low[1].dtype == dtype
+        torch.testing.assert_close(low[0], high[0].to(dtype))
+        # the same weights of the sum as with_gradients, rounded
+        weight = normal(np.random.default_rng(0), *low[0].shape).to(dtype).float()
+        leaf = x.float().requires_grad_()
+        (gradient,) = torch.autograd.grad(pool(leaf), leaf, weight)
+        torch.testing.assert_close(low[1], gradient.to(dtype))
+    dets = boxes(rng, 50, 20).to(dtype)
+    scores = torch.from_numpy(rng.permutation(50) / 64).to(dtype)
+    kept = ops.nms(dets, scores, 0.5)[1]
+    assert torch.equal(kept, ops.nms(dets.float(), scores.float(), 0.5)[1])
+    logits, labels = normal(rng, 6, 3).to(dtype), torch.tensor([0, 1, 2, 3, 1, 0])
+    torch.testing.assert_close(
+        ops.sigmoid_focal_loss(logits, labels, 2.0, 0.25, None, 'none'),
+        ops.sigmoid_focal_loss(logits.float(), labels, 2.0, 0.25, None, 'none').to(
+            dtype
+        ),
+    )
+    x, offset, weight = (
+        normal(rng, *shape).to(dtype)
+        for shape in ((1, 2, 5, 5), (1, 18, 5, 5), (3, 2, 3, 3))
+    )
+    torch.testing.assert_close(
+        ops.deform_conv2d(x, offset, weight, 1, 1),
+        ops.deform_conv2d(x.float(), offset.float(), weight.float(), 1, 1).to(dtype),
+    )
+
+
+@both_lanes
+def test_nothing_in_gives_nothing_out():
+    assert ops.nms(torch.empty(0, 4), torch.empty(0), 0.5)[0].shape == (0, 5)
+    assert ops.soft_nms(torch.empty(0, 4), torch.empty(0))[0].shape == (0, 5)
+    assert ops.nms_match(torch.empty(0, 5), 0.5) == []
+    for pool in (
+        lambda x, rois: ops.roi_align(x, rois, 7),
+        lambda x, rois: ops.roi_pool(x, rois, 7),
+    ):
+        for shape in ((2, 3, 8, 8), (0, 3, 8, 8)):
+            x = torch.rand(shape, requires_grad=True)
+            y = pool(x, torch.empty(0, 5))
+            assert y.shape == (0, 3, 7, 7)
+            y.sum().backward()
+            assert not x.grad.any()
+    logits = torch.empty(0, 3, requires_grad=True)
+    loss = ops.sigmoid_focal_loss(logits, torch.empty(0).long(), 2.0, 0.25, None, 'sum')
+    loss.backward()
+    assert loss == 0
+
+
+@pytest.mark.parametrize(
+    'roi',
+    [[2, 0, 0, 4, 4], [-1, 0, 0, 4, 4], [0, 4, 0, 0, 4], [0, 0, 0, math.nan, 4]],
+    ids=['image', 'negative image', 'x2 < x1', 'nan'],
+)
+def test_wrong_rois_are_refused(roi):
+    """Compiled mmcv reads out of bounds for some of them."""
+    rois = torch.tensor([[0.0, 0, 0, 4, 4], roi])
+    with pytest.raises(ValueError, match='RoI 1 is'):
+        ops.roi_align(torch.rand(2, 1, 8, 8), rois, 2)
+
+
+@both_lanes
+def test_wrong_offsets_are_refused():
+    x, weight = torch.rand(1, 2, 5, 5), torch.rand(3, 2, 3, 3)
+    with pytest.raises(ValueError, match=r'offset is \(1, 9, 5, 5\)'):
+        ops.deform_conv2d(x, torch.rand(1, 9, 5, 5), weight, 1, 1)
+    with pytest.raises(ValueError, match=r'mask is \(1, 9, 4, 5\)'):
+        ops.modulated_deform_conv2d(
+            x, torch.rand(1, 18, 5, 5), torch.rand(1, 9, 4, 5), weight, None, 1, 1
+        )
+
+
+@both_lanes
+def test_repeatable_and_the_threads_stay(rng):
+    x, rois = normal(rng, 2, 16, 40, 40), random_rois(rng, 50, 40)
+    threads = torch.get_num_threads()
+    first, second = (
+        with_gradients(lambda x: ops.roi_align(x, rois, 7), x) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert torch.get_num_threads() == threads
+
+
+# --------------------------------------------------------------------------- the module
+
+
+def test_what_is_missing_says_so_when_it_is_called():
+    spec = mmcv_ops._Finder().find_spec('mmcv._ext')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.nms is OPERATORS['nms']
+    assert not hasattr(module, '__path__')
+    with pytest.raises(NotImplementedError, match='box_iou_rotated') as caught:
+        module.box_iou_rotated(torch.rand(2, 5), torch.rand(2, 5))
+    assert mmcv_ops.COMPILE_MMCV in str(caught.value)
+
+
+def test_a_compiled_module_comes_first(tmp_path, run_python):
+    """Also for the functions of MMEngine that look for it."""
+    program = (
+        'from mmcls_involution import compat; compat.apply(); compat.apply()\n'
+        'import importlib, mmengine.utils.dl_utils as u\n'
+        'from mmcls_involution.compat import mmcv_ops\n'
+        'assert u.mmcv_full_available()\n'
+        "ext = importlib.import_module('mmcv._ext')\n"
+        "print(mmcv_ops.is_provided(), vars(ext).get('compiled'))\n"
+    )
+    package = tmp_path / 'mmcv'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    assert run_python(program, tmp_path).split()[-2:] == ['True', 'None']
+    (package / '_ext.py').write_text('compiled = True\n')
+    assert run_python(program, tmp_path).split()[-2:] == ['False', 'True']
+
+
+def test_lanes_are_told(monkeypatch):
+    monkeypatch.setattr(lane, 'runs_on', lambda device: device == 'cpu')
+    assert set(mmcv_ops.lanes('cuda').values()) == {'torch'}
+    told = mmcv_ops.lanes('cpu')
+    assert told.keys() == OPERATORS.keys()
+    assert told['roi_pool_forward'] == 'torch'  # torchvision's rounds the RoIs
+    assert told['roi_align_forward'] == told['nms'] == 'torchvision'
+    assert set(lane.TORCHVISION) < OPERATORS.keys()
