@@ -7,11 +7,11 @@ single values in float64, PyTorch's own gradients, and numerical ones.
 from __future__ import annotations
 
 import functools
-import importlib.machinery
+import importlib.util
 import math
 import sys
-from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,9 +27,6 @@ ops = pytest.importorskip('mmcv.ops')
 from mmcls_involution.compat import mmcv_ops  # noqa: E402
 from mmcls_involution.compat.mmcv_ops import lane  # noqa: E402
 from mmcls_involution.compat.mmcv_ops.operators import OPERATORS  # noqa: E402
-
-HERE = Path(__file__).parent
-
 
 both_lanes = pytest.mark.parametrize(
     'operators', ['torch', 'torchvision'], indirect=True
@@ -535,22 +532,26 @@ def test_what_is_missing_says_so_when_it_is_called():
     assert mmcv_ops.COMPILE_MMCV in str(caught.value)
 
 
-def test_a_compiled_module_comes_first(tmp_path, run_python):
+@pytest.mark.parametrize('compiled', [False, True])
+def test_a_compiled_module_comes_first(compiled, tmp_path, monkeypatch):
     """Also for the functions of MMEngine that look for it."""
-    program = (
-        'from mmcls_involution import compat; compat.apply(); compat.apply()\n'
-        'import importlib, mmengine.utils.dl_utils as u\n'
-        'from mmcls_involution.compat import mmcv_ops\n'
-        'assert u.mmcv_full_available()\n'
-        "ext = importlib.import_module('mmcv._ext')\n"
-        "print(mmcv_ops.is_provided(), vars(ext).get('compiled'))\n"
-    )
+    from mmengine.utils.dl_utils import mmcv_full_available
+
     package = tmp_path / 'mmcv'
     package.mkdir()
     (package / '__init__.py').touch()
-    assert run_python(program, tmp_path).split()[-2:] == ['True', 'None']
-    (package / '_ext.py').write_text('compiled = True\n')
-    assert run_python(program, tmp_path).split()[-2:] == ['False', 'True']
+    if compiled:
+        (package / '_ext.py').write_text('nms = None\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    compat.apply()
+    with mock.patch.dict(sys.modules):
+        for name in [*sys.modules]:
+            if name.partition('.')[0] == 'mmcv':
+                del sys.modules[name]
+        assert mmcv_full_available()
+        extension = importlib.import_module('mmcv._ext')
+        assert (extension.nms is None) is compiled
+        assert mmcv_ops.is_provided() is not compiled
 
 
 def test_lanes_are_told(monkeypatch):

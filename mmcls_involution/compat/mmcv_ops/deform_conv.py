@@ -278,6 +278,10 @@ def _backward(
         gradients = torch.ops.torchvision._deform_conv2d_backward(
             grad_output.contiguous(), *_torchvision_arguments(*tensors, options)
         )
+        # Exactly one pixel outside, where taps begin that have not learnt to move yet,
+        # torchvision gives the slope to one side and mmcv none.
+        *_, inside = _positions(tensors[2], weight.shape[2:], input.shape[2:], options)
+        gradients[2].mul_(inside.repeat_interleave(2, 2).view_as(offset))
         return [
             gradient
             for gradient, tensor in zip(gradients, tensors, strict=True)
@@ -311,21 +315,11 @@ def _convolve(
     options: tuple,
 ) -> Tensor:
     """One image ``[C, H, W]``; the output ``[O, Ho, Wo]``."""
-    stride, padding, dilation, group, deformable_group = options
+    *_, group, deformable_group = options
     _, height, width = image.shape
-    kernel, size = weight.shape[2:], offset.shape[1:]
-    moves = offset.reshape(deformable_group, kernel.numel(), 2, *size)
-    axes = []
-    for axis in range(2):
-        out = torch.arange(size[axis]).to(offset) * stride[axis] - padding[axis]
-        tap = torch.arange(kernel[axis]).to(offset) * dilation[axis]
-        shape = [1, *kernel, *size]
-        grid = (tap[:, None] + out).view(
-            [n if i in (1 + axis, 3 + axis) else 1 for i, n in enumerate(shape)]
-        )
-        axes.append(grid.expand(shape).reshape(1, -1, *size) + moves[:, :, axis])
-    y, x = axes
-    inside = (y > -1) & (y < height) & (x > -1) & (x < width)
+    size = offset.shape[1:]
+    y, x, inside = _positions(offset[None], weight.shape[2:], (height, width), options)
+    y, x, inside = y[0], x[0], inside[0]
     planes = image.reshape(deformable_group, -1, height * width)
     columns = 0
     for row, row_share in _neighbours(y):
@@ -342,6 +336,32 @@ def _convolve(
     output = weight.reshape(group, len(weight) // group, -1) @ columns
     output = output.view(len(weight), *size)
     return output if bias is None else output + bias[:, None, None]
+
+
+def _positions(
+    offset: Tensor, kernel: torch.Size, size: tuple[int, int], options: tuple
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the features of each tap and output pixel are taken.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: y, x, and whether that is less than a pixel
+        outside of the image, ``[N, deformable_group, taps, Ho, Wo]``.
+    """
+    stride, padding, dilation, _, deformable_group = options
+    out = offset.shape[2:]
+    moves = offset.reshape(len(offset), deformable_group, -1, 2, *out)
+    y, x = (
+        (
+            torch.arange(kernel[axis]).to(offset)[:, None] * dilation[axis]
+            + torch.arange(out[axis]).to(offset) * stride[axis]
+            - padding[axis]
+        )
+        for axis in range(2)
+    )
+    # [taps along y, taps along x, Ho, Wo]
+    y = y[:, None, :, None].expand(*kernel, *out).flatten(0, 1) + moves[:, :, :, 0]
+    x = x[None, :, None, :].expand(*kernel, *out).flatten(0, 1) + moves[:, :, :, 1]
+    return y, x, (y > -1) & (y < size[0]) & (x > -1) & (x < size[1])
 
 
 def _neighbours(position: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
