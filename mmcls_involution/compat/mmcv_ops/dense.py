@@ -18,13 +18,13 @@ def _carafe(
 ) -> Tensor:
     n, c, h, w = features.shape
     windows = F.unfold(features, kernel_size, padding=kernel_size // 2)
-    windows = windows.view(n, group_size, -1, kernel_size**2, h, w)
+    windows = windows.view(n, group_size, c // group_size, kernel_size**2, h, w)
     masks = masks.reshape(n, group_size, kernel_size**2, h, scale, w, scale)
     # a product of matrices at each input pixel: [C / group, K * K] @ [K * K, scale**2]
     output = windows.permute(0, 1, 4, 5, 2, 3) @ masks.permute(
         0, 1, 3, 5, 2, 4, 6
     ).flatten(5)
-    output = output.view(n, group_size, h, w, -1, scale, scale)
+    output = output.view(n, group_size, h, w, c // group_size, scale, scale)
     return output.permute(0, 1, 4, 2, 5, 3, 6).reshape(n, c, h * scale, w * scale)
 
 
