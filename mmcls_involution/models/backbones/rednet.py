@@ -393,7 +393,8 @@ class RedNet(BaseModule):
             lie in memory as the images do.
         """
         # A CPU is faster in channels_last memory, the way back included
-        # (docs/benchmarks.md); mmcv's RoIAlign reads such features wrongly.
+        # (docs/benchmarks.md). Necks and heads gain nothing from such features, users'
+        # views of them would fail, and a compiled mmcv's RoIAlign reads them wrongly.
         layout = memory_format(x)
         if x.device.type == 'cpu':
             x = x.contiguous(memory_format=torch.channels_last)
