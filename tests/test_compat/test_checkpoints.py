@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import os
 import pickle
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,168 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmcls_involution import compat
-
-ROOT = Path(__file__).parent.parent
-
-
-def run_python(code: str, *paths: Path) -> str:
-    """Run code in a new interpreter, for what depends on the order of imports."""
-    path = os.pathsep.join(map(str, (*paths, ROOT)))
-    result = subprocess.run(
-        [sys.executable, '-c', code],
-        env={**os.environ, 'PYTHONPATH': path},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-# ----------------------------------------------------------------------------- versions
-
-
-def pretend_installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
-    def version(name: str) -> str:
-        if name.replace('-', '_') not in versions:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return versions[name.replace('-', '_')]
-
-    monkeypatch.setattr(importlib.metadata, 'version', version)
-
-
-def test_this_environment_is_in_range():
-    compat.check_versions()
-
-
-@pytest.mark.parametrize('name', compat.SUPPORTED)
-def test_range_is_lowest_inclusive_highest_exclusive(name, monkeypatch):
-    lowest, highest = compat.SUPPORTED[name]
-    pretend_installed(monkeypatch, **{name: lowest})
-    compat.check_versions()
-    for outside in (highest, f'{lowest}.dev1'):
-        pretend_installed(monkeypatch, **{name: outside})
-        with pytest.raises(ImportError, match=f'{name} {outside} is installed') as info:
-            compat.check_versions()
-        assert f'pip install "{name}>={lowest},<{highest}"' in str(info.value)
-
-
-def test_absent_libraries_and_local_versions_are_fine(monkeypatch):
-    pretend_installed(monkeypatch, torch='2.13.0+cpu')
-    compat.check_versions()
-
-
-def test_every_package_out_of_range_is_named(monkeypatch):
-    pretend_installed(monkeypatch, torch='2.1.0', mmcv_lite='2.2.0', mmdet='3.3.0')
-    with pytest.raises(ImportError) as info:
-        compat.check_versions()
-    message = str(info.value)
-    assert 'torch 2.1.0' in message and 'mmcv-lite 2.2.0' in message
-    assert 'mmdet' not in message
-
-
-def test_import_is_light():
-    out = run_python(
-        'import sys, mmcls_involution.compat\n'
-        'print([m for m in ("torch", "numpy", "mmengine", "mmcv") if m in sys.modules])'
-    )
-    assert out.strip() == '[]'
-
-
-def test_apply_with_torch_alone():
-    run_python(
-        'import importlib.util as u\n'
-        'real = u.find_spec\n'
-        'others = ("mm", "torchvision")\n'
-        'u.find_spec = lambda n, *a: None if n.startswith(others) else real(n, *a)\n'
-        'import sys\n'
-        'from mmcls_involution import compat\n'
-        'compat.apply()\n'
-        'compat.apply()\n'
-        'assert not [m for m in sys.modules if m.split(".")[0] in ("mmengine", "mmcv")]'
-    )
-
-
-# -------------------------------------------------------------------------- torchvision
-
-
-def fake_torchvision(folder: Path) -> Path:
-    """A torchvision whose extension does not load and whose import needs its ops."""
-    package = folder / 'torchvision'
-    package.mkdir()
-    (package / '_C.so').write_bytes(b'built for another torch')
-    (package / '__init__.py').write_text(
-        'import torch\n'
-        'for op in ("nms", "qnms"):\n'
-        '    torch.library.register_fake(f"torchvision::{op}", lambda *a: a[0])\n'
-    )
-    return folder
-
-
-def test_mismatched_torchvision_can_be_imported(tmp_path):
-    folder = fake_torchvision(tmp_path)
-    with pytest.raises(AssertionError, match='torchvision::nms does not exist'):
-        run_python('import torchvision', folder)
-    run_python(
-        'from mmcls_involution import compat\n'
-        'compat.declare_torchvision_ops()\n'
-        'compat.declare_torchvision_ops()\n'
-        'import torchvision',
-        folder,
-    )
-
-
-@pytest.mark.parametrize('state', ['absent', 'imported', 'loads'])
-def test_torchvision_is_left_alone(state, tmp_path, monkeypatch):
-    import torch
-
-    def no_library(*args):
-        raise AssertionError('declared operators that nobody misses')
-
-    monkeypatch.setattr(torch.library, 'Library', no_library)
-    monkeypatch.setattr(compat, '_torchvision_schemas', None)
-    monkeypatch.delitem(sys.modules, 'torchvision', raising=False)
-    if state == 'absent':
-        monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-    else:
-        monkeypatch.syspath_prepend(fake_torchvision(tmp_path))
-        if state == 'imported':
-            monkeypatch.setitem(sys.modules, 'torchvision', object())
-        else:
-            monkeypatch.setattr(torch.ops, 'load_library', lambda path: None)
-    compat.declare_torchvision_ops()
-    assert compat._torchvision_schemas is None
-
-
-# ------------------------------------------------------------------------ pkg_resources
-
-
-def test_external_base_configs_without_pkg_resources(tmp_path, monkeypatch):
-    pytest.importorskip('mmdet')
-    monkeypatch.setitem(sys.modules, 'pkg_resources', None)
-    with pytest.raises(ImportError):
-        import pkg_resources  # noqa: F401
-    compat.apply()
-    from mmengine.config import Config
-
-    file = tmp_path / 'config.py'
-    file.write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
-    assert Config.fromfile(file).default_scope == 'mmdet'
-
-
-def test_package_is_found_by_distribution_or_module_name():
-    import mmengine
-
-    folder = str(Path(mmengine.__file__).parent)
-    assert compat.get_installed_path('mmengine') == folder
-    if compat.is_installed('mmseg'):
-        folder = compat.get_installed_path('mmsegmentation')
-        assert folder == compat.get_installed_path('mmseg')
-    assert not compat.is_installed('no_such_package')
-    with pytest.raises(ModuleNotFoundError, match='no_such_package is not installed'):
-        compat.get_installed_path('no_such_package')
-
-
-# -------------------------------------------------------------------------- checkpoints
+from mmcls_involution.compat import checkpoints
 
 torch = pytest.importorskip('torch')
 np = pytest.importorskip('numpy')
@@ -238,7 +74,9 @@ def test_history_survives_copies(n):
         assert other.statistics('current') == 1.0
 
 
-def test_our_checkpoint_loads_in_unrepaired_mmengine(training_state, tmp_path):
+def test_our_checkpoint_loads_in_unrepaired_mmengine(
+    training_state, tmp_path, run_python
+):
     torch.save(training_state, tmp_path / 'ours.pth')
     run_python(
         'import torch\n'
@@ -353,7 +191,7 @@ def test_only_the_resumed_file_is_unpickled_in_full(tmp_path, monkeypatch):
 
     with pytest.raises(pickle.UnpicklingError, match='asks for types.SimpleNamespace'):
         load(resumed)
-    compat._trusting(resume)(None, str(resumed))
+    checkpoints._trusting(resume)(None, str(resumed))
     assert loaded[0]['hook'].count == 3
     assert len(logged) == 1
     assert 'unpickled in full because you resume from it' in logged[0]
