@@ -7,6 +7,7 @@ RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip
 # No byte-compiling: most of what is installed is never imported.
 INSTALL = $(PIP) install --no-compile
+TESTED = $(INSTALL) --constraint requirements/tested.txt
 comma := ,
 INSTALLED = $(VENV)/lib/python3*/site-packages
 # Another TORCH, or this folder under another name, is another set-up.
@@ -26,14 +27,15 @@ $(VENV)/torch-$(KEY):
 	@rm -f '$(VENV)'/torch-* '$(VENV)'/setup-*
 	@$(PYTHON) tools/make_venv.py '$(VENV)'
 	$(if $(wildcard $(INSTALLED)/torch),$(PIP) uninstall --yes torch torchvision)
-	$(INSTALL) '$(firstword $(TORCH))' torchvision 'setuptools>=77' $(wordlist 2,99,$(TORCH))
+	$(INSTALL) $(foreach word,$(TORCH),'$(word)') torchvision
 	@touch $@
 
 # The extra `all` brings mmcv-lite, which must not be written over a compiled mmcv.
 $(VENV)/setup-$(KEY): $(VENV)/torch-$(KEY) $(SOURCES)
 	@$(PYTHON) tools/make_venv.py '$(VENV)'
-	$(INSTALL) --no-build-isolation --constraint requirements/tested.txt --editable '.[$(if $(wildcard $(INSTALLED)/mmcv-*.dist-info),det$(comma)seg$(comma)cls,all),dev]'
-	@$(RUN) -c 'import cv2' || { echo 'opencv-python gives way to its build without windows'; $(PIP) uninstall --yes opencv-python && $(INSTALL) --force-reinstall --no-deps --constraint requirements/tested.txt opencv-python-headless; }
+	$(TESTED) setuptools
+	$(TESTED) --no-build-isolation --editable '.[$(if $(wildcard $(INSTALLED)/mmcv-*.dist-info),det$(comma)seg$(comma)cls,all),dev]'
+	@$(RUN) -c 'import cv2' || { echo 'opencv-python gives way to its build without windows'; $(PIP) uninstall --yes opencv-python && $(TESTED) --force-reinstall --no-deps opencv-python-headless; }
 	@$(RUN) -m mmcls_involution.doctor && touch $@
 
 mmcv: setup  ## compile mmcv with all its operators, in place of mmcv-lite (20 CPU minutes)
