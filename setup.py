@@ -5,9 +5,11 @@ torch is not imported here, so that the build also works in isolation.
 
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -49,6 +51,21 @@ class BuildPyWithMim(build_py):
                 shutil.copy2(source, mim / part)
 
 
+class BuildExtSideBySide(build_ext):
+    """Compiles the files of an extension at the same time: setuptools has no option."""
+
+    def build_extensions(self) -> None:
+        compile_files = self.compiler.compile
+
+        def compile_each(sources: list[str], **options) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                each = pool.map(lambda file: compile_files([file], **options), sources)
+                return [objects for (objects,) in each]
+
+        self.compiler.compile = compile_each
+        super().build_extensions()
+
+
 def read_version() -> str:
     scope: dict = {}
     exec((ROOT / 'mmcls_involution' / 'version.py').read_text(), scope)
@@ -61,20 +78,26 @@ def read_readme() -> str:
 
 
 # The ranges are those of mmcls_involution.compat.SUPPORTED (a test compares).
-# mmcv and torchvision are left out on purpose: their right builds depend on the
-# torch that is there, and pip would fetch an mmcv without ops, or a torchvision
-# that replaces torch. `python -m mmcls_involution.doctor` says how to get them.
+# mmcv is left out of the extras of the toolboxes: mmcv and mmcv-lite are one package
+# under two names, and installing one writes over the other. Only `all`, which is for
+# environments without either, brings mmcv-lite.
 MMENGINE = 'mmengine>=0.10.7,<0.11.0'
+DET = [MMENGINE, 'mmdet>=3.3.0,<4.0.0']
+# mmsegmentation imports ftfy and regex and declares neither.
+SEG = [MMENGINE, 'mmsegmentation>=1.2.2,<2.0.0', 'ftfy', 'regex']
+CLS = [MMENGINE, 'mmpretrain>=1.2.0,<2.0.0']  # which imports torchvision
 EXTRAS = {
-    'det': [MMENGINE, 'mmdet>=3.3.0,<4.0.0'],
-    # mmsegmentation imports ftfy and regex and declares neither.
-    'seg': [MMENGINE, 'mmsegmentation>=1.2.2,<2.0.0', 'ftfy', 'regex'],
-    'cls': [MMENGINE, 'mmpretrain>=1.2.0,<2.0.0'],
-    'dev': ['pytest', 'pytest-xdist', 'ruff'],
+    'det': DET,
+    'seg': SEG,
+    'cls': CLS,
+    'all': [*DET, *SEG, *CLS, 'mmcv-lite>=2.0.1,<2.2.0', 'torchvision'],
+    # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
+    # torch for CUDA pins one of its own.
+    'dev': ['pytest', 'pytest-xdist', 'ruff', 'triton>=3.4; sys_platform == "linux"'],
 }
 
 # Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,
-# so one build serves every torch and every Python from 3.11 on. Where it cannot be
+# so one build serves every torch and every Python from 3.10 on. Where it cannot be
 # compiled the package installs without it and says so when the operator is first used.
 NATIVE = 'mmcls_involution/ops/native'
 KERNELS = Extension(
@@ -104,17 +127,20 @@ setup(
     classifiers=[
         'License :: OSI Approved :: Apache Software License',
         'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
         'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Programming Language :: Python :: 3.13',
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['mmcls_involution', 'mmcls_involution.*']),
-    python_requires='>=3.11',
+    python_requires='>=3.10',
     # torch without a range: whichever is there stays as it is. Ranges are
     # checked when the models are registered, with a message that says the fix.
     install_requires=['torch'],
     extras_require=EXTRAS,
-    cmdclass={'build_py': BuildPyWithMim},
+    cmdclass={'build_py': BuildPyWithMim, 'build_ext': BuildExtSideBySide},
     ext_modules=[KERNELS],
-    options={'bdist_wheel': {'py_limited_api': 'cp311'}},
+    options={'bdist_wheel': {'py_limited_api': 'cp310'}},
     zip_safe=False,
 )

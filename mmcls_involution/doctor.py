@@ -12,8 +12,8 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -21,11 +21,12 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from mmcls_involution import compat
+from mmcls_involution.compat import mmcv_ops
 from mmcls_involution.version import __version__
 
 OK, WARN, FAIL = 'ok', 'warn', 'FAIL'
@@ -35,32 +36,28 @@ ROW_MARK = '\x1erow '  # begins the child's own lines among what libraries print
 # The name by which a shell finds this Python, else its path.
 PYTHON = 'python' if shutil.which('python') == sys.executable else sys.executable
 PIP = f'{shlex.quote(PYTHON)} -m pip'
-# --no-cache-dir: pip's own cache of built wheels forgets which torch they fit.
-BUILD_MMCV = (
-    f"{PIP} install 'setuptools<82' wheel ninja psutil && {PIP} install --no-deps "
-    '--no-build-isolation --no-cache-dir --force-reinstall mmcv==2.1.0'
-)
+LITE = f"{PIP} install 'mmcv-lite>=2.0.1,<2.2.0'"
+# mmcv and mmcv-lite are one package under two names: away with both, then one.
+ONE_MMCV = f'{PIP} uninstall --yes mmcv mmcv-lite && {LITE}'
 # In the folder of this package's sources.
 REINSTALL = f'{PIP} install --force-reinstall --no-deps .'
 # Builds for CUDA bring the Triton they need.
 TORCH_28 = f"{PIP} install 'torch>=2.8'"
-MEND = 'make setup  # or mend what the message names'
+MEND = 'reinstall the library that the message names'
 # The toolboxes: distribution -> module.
 TOOLBOXES = {'mmdet': 'mmdet', 'mmsegmentation': 'mmseg', 'mmpretrain': 'mmpretrain'}
 
 
-class Row(NamedTuple):
+class Found(NamedTuple):
     """What a check found.
 
     Attributes:
         status: 'ok', 'warn' or 'FAIL'.
-        name: What was checked.
         detail: What was found.
         fix: The command that mends it, '' if nothing has to be done.
     """
 
     status: str
-    name: str
     detail: str
     fix: str = ''
 
@@ -80,27 +77,24 @@ def first_line(error: BaseException) -> str:
 # The checks ---------------------------------------------------------------------------
 
 
-def check_python() -> Row:
+def check_python() -> Found:
     version = platform.python_version()
-    if sys.version_info[:2] == (3, 11):
-        return Row(OK, 'Python', f'{version} ({sys.executable})')
-    return Row(
-        WARN, 'Python', f'{version}; tested with 3.11', 'make setup PYTHON=python3.11'
-    )
+    if sys.version_info < (3, 14):
+        return Found(OK, f'{version} ({sys.executable})')
+    detail = f'{version}: mmcv uses a function that Python 3.14 no longer has'
+    return Found(WARN, detail, 'make clean setup PYTHON=python3.13')
 
 
-def check_torch() -> Row:
+def check_torch() -> Found:
     if importlib.util.find_spec('torch') is None:
-        return Row(FAIL, 'torch', 'not installed', f'{PIP} install torch==2.13.0')
+        return Found(FAIL, 'not installed', f'{PIP} install torch==2.13.0')
     import torch
 
     torch.ones(2, 2) @ torch.ones(2, 2)
-    return Row(OK, 'torch', f'{torch.__version__} imports and computes')
+    return Found(OK, f'{torch.__version__} imports and computes')
 
 
-def check_ops() -> Row:
-    if importlib.util.find_spec('torch') is None:
-        return Row(FAIL, 'involution', 'needs torch', f'{PIP} install torch==2.13.0')
+def check_ops() -> Found:
     import torch
 
     from mmcls_involution.ops import BACKENDS, involution2d
@@ -108,230 +102,192 @@ def check_ops() -> Row:
     # kernel 1x1 and one group: the output is the product
     x, weight = torch.rand(1, 4, 3, 5), torch.rand(1, 1, 1, 1, 3, 5)
     if not torch.allclose(involution2d(x, weight), x * weight[:, :, 0, 0]):
-        return Row(
-            FAIL,
-            'involution',
-            'involution2d gives a wrong result on this machine: please report it',
-            'make test',
-        )
+        detail = 'involution2d gives a wrong result on this machine: please report it'
+        return Found(FAIL, detail, 'make test')
     reason = BACKENDS['native'].unusable('cpu', torch.float32)
     if reason is not None:
-        return Row(WARN, 'involution', f'slow on the CPU: {reason}', REINSTALL)
+        return Found(WARN, f'slow on the CPU: {reason}', REINSTALL)
     detail = 'mmcls_involution.ops computes, by the C++ kernels'
     if torch.cuda.is_available():
         reason = BACKENDS['triton'].unusable('cuda', torch.float32)
         if reason is not None:
-            return Row(WARN, 'involution', f'slow on the GPU: {reason}', TORCH_28)
+            return Found(WARN, f'slow on the GPU: {reason}', TORCH_28)
         detail += ', on GPUs by Triton kernels'
-    return Row(OK, 'involution', detail)
+    return Found(OK, detail)
 
 
-def check_version(distribution: str) -> Row:
+def check_version(distribution: str) -> Found:
     """Compares an installed version with compat.SUPPORTED."""
     lowest, highest = compat.SUPPORTED[distribution]
     need = f'>={lowest},<{highest}'
-    name = f'{distribution} version'
     installed = installed_version(distribution)
-    if installed is None and distribution == 'mmcv':
-        installed = installed_version('mmcv-lite')
     install = f"{PIP} install '{distribution}{need}'"
     if distribution == 'mmcv':
-        install = BUILD_MMCV
+        lite = installed_version('mmcv-lite')
+        if installed and lite:
+            detail = (
+                f'mmcv {installed} and mmcv-lite {lite} are installed: each has '
+                'written over files of the other'
+            )
+            return Found(FAIL, detail, ONE_MMCV)
+        installed = installed or lite
+        install = ONE_MMCV if installed else LITE
     if installed is None and distribution in TOOLBOXES:
-        return Row(WARN, name, 'not installed: needed only for its own tasks', install)
+        return Found(WARN, 'not installed: needed only for its own tasks', install)
     if installed is None:
-        return Row(
-            FAIL, name, 'not installed: models, configs and tools need it', install
-        )
+        return Found(FAIL, 'not installed: models, configs and tools need it', install)
     try:
         from packaging.version import Version
     except ImportError:
-        return Row(
-            WARN,
-            name,
-            f'{installed}; range {need} not checked: packaging is not installed',
-            f'{PIP} install packaging',
-        )
+        detail = f'{installed}; range {need} not checked: packaging is not installed'
+        return Found(WARN, detail, f'{PIP} install packaging')
     if not Version(lowest) <= Version(installed) < Version(highest):
-        return Row(FAIL, name, f'{installed} is installed, needed is {need}', install)
-    return Row(OK, name, f'{installed} ({need})')
+        return Found(FAIL, f'{installed} is installed, needed is {need}', install)
+    return Found(OK, f'{installed} ({need})')
 
 
-def check_numpy() -> Row:
+def check_numpy() -> Found:
     """numpy 2 and modules compiled for numpy 1; aliases that numpy removed."""
-    name = 'numpy'
     version = installed_version('numpy')
     if version is None:
-        return Row(
-            WARN, name, 'not installed: all but the ops need it', f'{PIP} install numpy'
-        )
+        detail = 'not installed: all but the ops need it'
+        return Found(WARN, detail, f'{PIP} install numpy')
     import numpy as np
 
     for module in ('torch', 'scipy.ndimage', 'matplotlib.path', 'pycocotools._mask'):
-        if importlib.util.find_spec(module.partition('.')[0]) is None:
+        package = module.partition('.')[0]
+        if importlib.util.find_spec(package) is None:
             continue
-        distribution = module.partition('.')[0]
         try:
             loaded = importlib.import_module(module)
             if module == 'torch':
                 loaded.from_numpy(np.zeros(1))
         except Exception as error:
-            return Row(
-                FAIL,
-                name,
-                f'{distribution} does not work with numpy {version}: '
-                f'{first_line(error)}',
-                f'{PIP} install --upgrade --force-reinstall --no-deps {distribution}',
-            )
+            detail = f'{package} does not work with {version}: {first_line(error)}'
+            fix = f'{PIP} install --upgrade --force-reinstall --no-deps {package}'
+            return Found(FAIL, detail, fix)
     detail = f'{version}, compiled modules agree'
-    gone = [alias for alias in ('float', 'in1d') if not hasattr(np, alias)]
-    if gone:
+    if not (hasattr(np, 'float') and hasattr(np, 'in1d')):
         detail += (
-            '; it removed aliases that upstream still uses, so YouTube-VIS '
-            "evaluation, mmcv's pixel_group and mmpretrain's retrieval do not work"
+            "; without its old aliases YouTube-VIS evaluation, mmcv's pixel_group and "
+            "mmpretrain's retrieval do not work"
         )
-    return Row(OK, name, detail)
+    return Found(OK, detail)
 
 
-def check_pkg_resources() -> Row:
-    name = 'pkg_resources'
-    version = installed_version('setuptools')
-    if importlib.util.find_spec('pkg_resources') is not None:
-        return Row(OK, name, f'there (setuptools {version})')
-    return Row(
-        WARN,
-        name,
-        f'missing (setuptools {version}): mmcv cannot be built. MMEngine at run time '
-        'is repaired by mmcls_involution',
-        f"{PIP} install 'setuptools<82'",
+def check_opencv() -> Found:
+    builds = ('opencv-python', 'opencv-python-headless')
+    versions = {build: installed_version(build) for build in builds}
+    found = [build for build, version in versions.items() if version]
+    if not found:
+        detail = 'not installed: mmengine and mmcv need it'
+        return Found(FAIL, detail, f'{PIP} install opencv-python')
+    headless = (
+        f'{PIP} uninstall --yes {" ".join(found)} && '
+        f'{PIP} install --no-deps opencv-python-headless=={versions[found[0]]}'
     )
-
-
-def check_compiler() -> Row:
-    name = 'C++ compiler'
-    candidates = [os.environ.get('CXX', 'c++'), 'c++', 'g++', 'clang++', 'cl']
-    compiler = next(filter(None, map(shutil.which, candidates)), None)
-    if compiler is None:
-        return Row(
-            WARN, name, 'none found: only needed to build mmcv', 'sudo apt install g++'
-        )
-    return Row(OK, name, compiler)
-
-
-def check_mmcv_ops() -> Row:
-    """Runs a compiled op of mmcv and compares its result."""
-    name = 'mmcv ops'
-    users = [dist for dist in ('mmdet', 'mmsegmentation') if installed_version(dist)]
-    if not (installed_version('mmcv') or installed_version('mmcv-lite')):
-        return Row(FAIL, name, 'mmcv is not installed', BUILD_MMCV)
-    import torch
-
     try:
-        from mmcv.ops import nms
+        import cv2
     except ImportError as error:
-        if 'undefined symbol' in str(error) or 'DLL' in str(error):
-            detail = f'built for another torch than {torch.__version__}'
-        elif 'mmcv._ext' in str(error):
-            detail = 'mmcv was installed without its compiled ops'
-        else:
-            detail = first_line(error)
-        if not users:
-            return Row(WARN, name, f'{detail}; classification works without')
-        return Row(FAIL, name, f'{detail}; {" and ".join(users)} need them', BUILD_MMCV)
-    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]])
-    _, kept = nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
-    if kept.tolist() != [0, 2]:
-        return Row(FAIL, name, f'nms kept {kept.tolist()}, not [0, 2]', BUILD_MMCV)
-    return Row(OK, name, f'run on CPU with torch {torch.__version__}')
+        return Found(FAIL, f'import cv2: {first_line(error)}', headless)
+    if len(found) == 2:
+        return Found(WARN, f'{" and ".join(found)} overwrite each other', headless)
+    return Found(OK, f'{cv2.__version__} imports')
 
 
-def check_cuda() -> Row:
-    """Is the GPU, if there is one, used by torch and by mmcv's ops?"""
-    name = 'GPU'
-    if importlib.util.find_spec('torch') is None:
-        return Row(WARN, name, 'torch is not installed')
-    import torch
-
-    rebuild = 'make setup  # with nvcc of the same CUDA version installed'
-    if torch.version.cuda is None and torch.version.hip is None:
-        if shutil.which('nvidia-smi') or Path('/dev/nvidia0').exists():
-            return Row(
-                WARN,
-                name,
-                'a GPU driver is here, but this torch is built for CPU',
-                "make setup TORCH='torch==2.13.0 --index-url ...'  # see the selector "
-                'at https://pytorch.org/get-started/locally/',
-            )
-        return Row(OK, name, 'none; torch is built for CPU')
-    built_for = torch.version.cuda or torch.version.hip
-    if not torch.cuda.is_available():
-        return Row(
-            WARN,
-            name,
-            f'torch is built for CUDA {built_for}, no GPU seen',
-            'nvidia-smi',
-        )
-    device = torch.cuda.get_device_name()
-    (torch.ones(1, device='cuda') + 1).item()  # fails where torch has no kernel for it
-    detail = f'{device}, torch built for CUDA {built_for}'
-    if importlib.util.find_spec('mmcv') is not None:
-        try:
-            from mmcv.ops import get_compiling_cuda_version, nms
-        except ImportError:
-            return Row(OK, name, detail)  # the row of mmcv's ops says it
-        mmcv_cuda = get_compiling_cuda_version()
-        if mmcv_cuda == 'not available':
-            return Row(WARN, name, f"{detail}; mmcv's ops are CPU only", rebuild)
-        boxes = torch.tensor([[0.0, 0, 9, 9]], device='cuda')
-        nms(boxes, torch.ones(1, device='cuda'), 0.5)
-        detail += f', mmcv for CUDA {mmcv_cuda}'
-    return Row(OK, name, detail)
-
-
-def check_torchvision() -> Row:
-    name = 'torchvision'
-    version = installed_version(name)
-    if importlib.util.find_spec('torch') is None:
-        return Row(WARN, name, 'torch is not installed')
+def check_torchvision() -> Found:
+    version = installed_version('torchvision')
     import torch
 
     # torchvision 0.(n+15).p is made for torch 2.n.p
     minor, patch = torch.__version__.partition('+')[0].split('.')[1:3]
-    matching = f'torchvision==0.{int(minor) + 15}.{patch}'
+    install = f'{PIP} install --no-deps torchvision==0.{int(minor) + 15}.{patch}'
     if version is None:
-        return Row(
-            WARN,
-            name,
-            'not installed: mmpretrain needs it',
-            f'{PIP} install --no-deps {matching}',
-        )
-
+        return Found(WARN, 'not installed: mmpretrain needs it', install)
     compat.declare_torchvision_ops()
     try:
         from torchvision import extension, transforms  # noqa: F401
     except Exception as error:
-        return Row(
-            FAIL,
-            name,
-            f'{version} does not import beside torch {torch.__version__}: '
-            f'{first_line(error)}',
-            f'{PIP} install --no-deps --force-reinstall {matching}',
-        )
+        detail = f'{version} does not import beside torch {torch.__version__}'
+        install += ' --force-reinstall'
+        return Found(FAIL, f'{detail}: {first_line(error)}', install)
     if extension._has_ops():
-        return Row(OK, name, f'{version} fits torch {torch.__version__}')
-    return Row(
-        OK,
-        name,
-        f'{version} is built for another torch than {torch.__version__}: the import '
-        'is repaired; its compiled ops are not there, and nothing here uses them',
+        return Found(OK, f'{version} fits torch {torch.__version__}')
+    detail = (
+        f'{version} is built for another torch than {torch.__version__}: its import is '
+        'repaired; its compiled ops are not there, and torch takes their place'
     )
+    return Found(OK, detail)
 
 
-def check_resume() -> Row:
+def check_mmcv_ops() -> Found:
+    """Runs an op of mmcv on each device, and says what computes the others."""
+    if not (installed_version('mmcv') or installed_version('mmcv-lite')):
+        return Found(FAIL, 'mmcv is not installed', LITE)
+    import torch
+
+    compat.apply()
+    try:
+        from mmcv.ops import get_compiling_cuda_version, nms
+    except ImportError as error:
+        detail = first_line(error)
+        if 'undefined symbol' in detail or 'DLL' in detail:
+            detail = f'compiled for another torch than {torch.__version__}'
+        return Found(FAIL, f'{detail}; mmdet and mmseg need them', ONE_MMCV)
+    compiled = not mmcv_ops.is_provided()
+    details = []
+    for device in ('cpu', 'cuda') if torch.cuda.is_available() else ('cpu',):
+        if device == 'cuda' and compiled:
+            if get_compiling_cuda_version() == 'not available':
+                return Found(WARN, 'compiled for the CPU alone', ONE_MMCV)
+        boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 20, 29, 29]])
+        scores = torch.tensor([0.9, 0.8, 0.7])
+        kept = nms(boxes.to(device), scores.to(device), 0.5)[1].tolist()
+        if kept != [0, 2]:
+            return Found(FAIL, f'nms on {device} kept {kept}, not [0, 2]', ONE_MMCV)
+        ops: dict[str, dict[str, None]] = {}  # by lane, both passes under one name
+        for op, lane in {} if compiled else mmcv_ops.lanes(device).items():
+            ops.setdefault(lane, {})[re.sub('_(for|back)ward.*', '', op)] = None
+        lanes = [f'{", ".join(names)} by {lane}' for lane, names in ops.items()]
+        details.append(f'{device}: {"; ".join(lanes) or "compiled, nms runs"}')
+    return Found(OK, '; '.join(details))
+
+
+def check_cuda() -> Found:
+    """Is the GPU, if there is one, used by torch?"""
+    import torch
+
+    built_for = torch.version.cuda or torch.version.hip
+    if built_for is None:
+        if not (shutil.which('nvidia-smi') or Path('/dev/nvidia0').exists()):
+            return Found(OK, 'none; torch is built for CPU')
+        return Found(
+            WARN,
+            'a GPU driver is here, but this torch is built for CPU',
+            "make setup TORCH='torch==2.13.0 --index-url ...'  # see the selector at "
+            'https://pytorch.org/get-started/locally/',
+        )
+    detail = f'torch is built for CUDA {built_for}'
+    if not torch.cuda.is_available():
+        return Found(WARN, f'{detail}, no GPU seen', 'nvidia-smi')
+    (torch.ones(1, device='cuda') + 1).item()  # fails where torch has no kernel for it
+    return Found(OK, f'{torch.cuda.get_device_name()}; {detail}')
+
+
+def check_ftfy() -> Found:
+    if installed_version('mmsegmentation') is None:
+        return Found(OK, 'not needed: mmsegmentation is not installed')
+    try:
+        importlib.import_module('ftfy')
+        importlib.import_module('regex')
+    except ImportError as error:
+        detail = f'mmsegmentation needs both: {first_line(error)}'
+        return Found(FAIL, detail, f'{PIP} install ftfy regex')
+    return Found(OK, 'there (mmsegmentation needs them)')
+
+
+def check_resume() -> Found:
     """Loads, weights-only, a checkpoint of the kind MMEngine resumes from."""
-    name = 'resume'
-    if importlib.util.find_spec('mmengine') is None:
-        return Row(WARN, name, 'mmengine is not installed')
     import torch
     from mmengine.logging import HistoryBuffer
     from mmengine.runner import CheckpointLoader
@@ -342,149 +298,72 @@ def check_resume() -> Row:
         torch.save({'loss': HistoryBuffer([1.0, 3.0], [1, 1])}, file)
         loss = CheckpointLoader.load_checkpoint(file)['loss']
     if loss.mean() != 2:
-        return Row(
-            FAIL, name, 'a training checkpoint is read wrongly: please report it'
-        )
-    return Row(OK, name, 'training checkpoints load weights-only')
+        return Found(FAIL, 'a training checkpoint is read wrongly: please report it')
+    return Found(OK, 'training checkpoints load weights-only')
 
 
-def check_opencv() -> Row:
-    name = 'OpenCV'
-    versions = {
-        dist: installed_version(dist)
-        for dist in ('opencv-python', 'opencv-python-headless')
-        if installed_version(dist)
-    }
-    if not versions:
-        return Row(
-            FAIL,
-            name,
-            'not installed: mmengine and mmcv need it',
-            f'{PIP} install opencv-python-headless',
-        )
-    version = next(iter(versions.values()))
-    headless = (
-        f'{PIP} uninstall --yes {" ".join(versions)} && '
-        f'{PIP} install --no-deps opencv-python-headless=={version}'
-    )
-    try:
-        import cv2
-    except ImportError as error:
-        return Row(FAIL, name, f'import cv2: {first_line(error)}', headless)
-    if len(versions) == 2:
-        return Row(
-            WARN,
-            name,
-            'opencv-python and opencv-python-headless overwrite each other',
-            headless,
-        )
-    return Row(OK, name, f'{cv2.__version__} imports')
-
-
-def check_ftfy() -> Row:
-    name = 'ftfy, regex'
-    if installed_version('mmsegmentation') is None:
-        return Row(OK, name, 'not needed: mmsegmentation is not installed')
-    for module in ('ftfy', 'regex'):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            return Row(
-                FAIL,
-                name,
-                f'mmsegmentation needs {module}: {first_line(error)}',
-                f'{PIP} install ftfy regex',
-            )
-    return Row(OK, name, 'there (mmsegmentation needs them)')
-
-
-def check_registry(distribution: str) -> Row:
+def check_registry(distribution: str) -> Found:
     """Is RedNet found by the registry of a toolbox, plain and scoped?"""
-    module = TOOLBOXES[distribution]
-    name = f'RedNet in {module}'
     if installed_version(distribution) is None:
-        return Row(WARN, name, f'{distribution} is not installed')
-    try:
-        importlib.import_module('mmcls_involution.models')
-        models = importlib.import_module(f'{module}.registry').MODELS
-    except Exception as error:
-        return Row(FAIL, name, first_line(error), MEND)
+        return Found(WARN, f'{distribution} is not installed')
+    importlib.import_module('mmcls_involution.models')
+    models = importlib.import_module(f'{TOOLBOXES[distribution]}.registry').MODELS
     for type_name in ('RedNet', 'mmcls_involution.RedNet'):
         if models.get(type_name) is None:
-            return Row(
-                FAIL,
-                name,
-                f'{type_name} is not in the registry',
-                REINSTALL,
-            )
-    return Row(OK, name, 'found')
+            return Found(FAIL, f'{type_name} is not in the registry', REINSTALL)
+    return Found(OK, 'found')
 
 
-def check_mim() -> Row:
-    name = 'configs'
+def check_mim() -> Found:
     folder = Path(__file__).parent / '.mim' / 'configs'
     if folder.is_dir():
-        return Row(OK, name, str(folder))
-    return Row(
-        WARN,
-        name,
-        f'{folder} is missing',
-        f'{PIP} install --no-deps .  # in the clone; or with --editable',
-    )
+        return Found(OK, str(folder))
+    fix = f'{PIP} install --no-deps .  # in the clone; or with --editable'
+    return Found(WARN, f'{folder} is missing', fix)
 
 
-Check = tuple[Callable[..., Row], tuple[str, ...]]
-CHECKS: list[Check] = [
-    (check_python, ()),
-    (check_torch, ()),
-    (check_ops, ()),
-    *[(check_version, (name,)) for name in compat.SUPPORTED],
-    (check_numpy, ()),
-    (check_opencv, ()),
-    (check_torchvision, ()),
-    (check_pkg_resources, ()),
-    (check_compiler, ()),
-    (check_mmcv_ops, ()),
-    (check_cuda, ()),
-    (check_ftfy, ()),
-    (check_resume, ()),
-    *[(check_registry, (name,)) for name in TOOLBOXES],
-    (check_mim, ()),
-]
+# The rows by name: a function and its arguments.
+CHECKS = {
+    'Python': (check_python,),
+    'torch': (check_torch,),
+    'involution': (check_ops,),
+    **{f'{name} version': (check_version, name) for name in compat.SUPPORTED},
+    'numpy': (check_numpy,),
+    'OpenCV': (check_opencv,),
+    'torchvision': (check_torchvision,),
+    'mmcv ops': (check_mmcv_ops,),
+    'GPU': (check_cuda,),
+    'ftfy, regex': (check_ftfy,),
+    'resume': (check_resume,),
+    **{f'RedNet in {TOOLBOXES[name]}': (check_registry, name) for name in TOOLBOXES},
+    'configs': (check_mim,),
+}
 
 # Running them -------------------------------------------------------------------------
 
 
-def title(check: Check) -> str:
-    function, arguments = check
-    return ' '.join([function.__name__.removeprefix('check_'), *arguments])
-
-
-def run_check(check: Check) -> Row:
+def run_check(function: Callable[..., Found], *arguments: str) -> Found:
     """Runs a check; what it raises becomes a FAIL."""
-    function, arguments = check
     try:
         return function(*arguments)
     except (Exception, SystemExit) as error:
-        return Row(
-            FAIL,
-            title(check),
-            first_line(error),
-            MEND,
-        )
+        missing = isinstance(error, ModuleNotFoundError) and error.name
+        if missing in ('torch', 'mmengine'):  # which have rows of their own
+            return Found(WARN, f'not checked: {missing} is not installed')
+        return Found(FAIL, first_line(error), MEND)
 
 
-def print_rows(start: int) -> None:
+def print_found(start: int) -> None:
     """Child process: writes a line for each check from `start` on."""
-    for check in CHECKS[start:]:
-        print(ROW_MARK + json.dumps(run_check(check)), flush=True)
+    for check in list(CHECKS.values())[start:]:
+        print(ROW_MARK + json.dumps(run_check(*check)), flush=True)
 
 
-def rows_of_child():
-    """Runs the checks in child processes and yields their rows."""
+def found_by_child() -> Iterator[Found]:
+    """Runs the checks in child processes and yields what each found."""
     done = 0
     while done < len(CHECKS):
-        program = f'from mmcls_involution import doctor; doctor.print_rows({done})'
+        program = f'from mmcls_involution import doctor; doctor.print_found({done})'
         with tempfile.TemporaryFile('w+', errors='replace') as stderr:
             process = subprocess.Popen(
                 [sys.executable, '-W', 'ignore', '-c', program],
@@ -499,7 +378,7 @@ def rows_of_child():
             try:
                 for line in process.stdout:
                     if ROW_MARK in line:
-                        yield Row(*json.loads(line.partition(ROW_MARK)[2]))
+                        yield Found(*json.loads(line.partition(ROW_MARK)[2]))
                         done += 1
                 process.wait()
             finally:
@@ -512,13 +391,8 @@ def rows_of_child():
             said = stderr.read().strip().splitlines()
         code = process.returncode
         how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
-        yield Row(
-            FAIL,
-            title(CHECKS[done]),
-            f'the check ended the interpreter ({how})'
-            + (f'; last words: {said[-1][:200]}' if said else ''),
-            'make setup  # or reinstall the library this row names',
-        )
+        last = f'; last words: {said[-1][:200]}' if said else ''
+        yield Found(FAIL, f'the check ended the interpreter ({how}){last}', MEND)
         done += 1
 
 
@@ -530,11 +404,11 @@ def main() -> int:
     """
     print(f'mmcls_involution {__version__} on {platform.platform()}')
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
-    for row in rows_of_child():
-        counts[row.status] += 1
-        print(f'{row.status:<5} {row.name:<24} {row.detail}', flush=True)
-        if row.fix and row.status != OK:
-            print(f'{"":<5} {"":<24} fix: {row.fix}')
+    for name, found in zip(CHECKS, found_by_child(), strict=True):
+        counts[found.status] += 1
+        print(f'{found.status:<5} {name:<24} {found.detail}', flush=True)
+        if found.fix and found.status != OK:
+            print(f'{"":<5} {"":<24} fix: {found.fix}')
     print(', '.join(f'{count} {status}' for status, count in counts.items()))
     return 1 if counts[FAIL] else 0
 

@@ -96,7 +96,7 @@ def test_torch_alone(tmp_path):
     for name in ('mmengine version', 'mmcv version', 'mmcv ops', 'OpenCV'):
         assert rows[name][0] == FAIL
         assert f'fix: {tmp_path}/env/bin/python -m pip install' in rows[name][2]
-    for name in ('mmdet version', 'RedNet in mmdet', 'numpy', 'torchvision'):
+    for name in ('mmdet version', 'RedNet in mmdet', 'numpy', 'torchvision', 'resume'):
         assert rows[name][0] == WARN
     assert 'torchvision==0.' in rows['torchvision'][2]
 
@@ -115,7 +115,7 @@ def versions(monkeypatch):
 @pytest.mark.parametrize(
     ('name', 'version', 'status', 'detail', 'fix'),
     [
-        ('mmcv', '2.2.0', FAIL, 'needed is >=2.0.0rc4,<2.2.0', doctor.BUILD_MMCV),
+        ('mmcv', '2.2.0', FAIL, 'needed is >=2.0.0rc4,<2.2.0', doctor.ONE_MMCV),
         ('mmcv', '2.1.0', OK, '2.1.0', ''),
         ('mmengine', '0.10.5', FAIL, '>=0.10.7', "'mmengine>=0.10.7,<0.11.0'"),
         ('mmengine', None, FAIL, 'not installed', "'mmengine>=0.10.7,<0.11.0'"),
@@ -125,10 +125,10 @@ def versions(monkeypatch):
 def test_versions(versions, name, version, status, detail, fix):
     if version:
         versions[name] = version
-    row = doctor.check_version(name)
-    assert row.status == status
-    assert detail in row.detail
-    assert fix in row.fix
+    found = doctor.check_version(name)
+    assert found.status == status
+    assert detail in found.detail
+    assert fix in found.fix
 
 
 def test_mmcv_lite_counts_as_mmcv(versions):
@@ -136,55 +136,63 @@ def test_mmcv_lite_counts_as_mmcv(versions):
     assert doctor.check_version('mmcv').status == OK
 
 
+def test_mmcv_and_mmcv_lite_at_once(versions):
+    versions.update({'mmcv': '2.1.0', 'mmcv-lite': '2.1.0'})
+    found = doctor.check_version('mmcv')
+    assert (found.status, found.fix) == (FAIL, doctor.ONE_MMCV)
+    assert 'mmcv 2.1.0 and mmcv-lite 2.1.0 are installed' in found.detail
+    assert 'uninstall --yes mmcv mmcv-lite &&' in found.fix
+
+
 @pytest.mark.parametrize(
     ('error', 'detail'),
     [
-        ("No module named 'mmcv._ext'", 'without its compiled ops'),
-        ('_ext.so: undefined symbol: _ZN3c106detail', 'built for another torch'),
+        ("No module named 'mmcv._ext'", "No module named 'mmcv._ext'"),
+        ('_ext.so: undefined symbol: _ZN3c106detail', 'compiled for another torch'),
     ],
 )
 def test_mmcv_ops_that_do_not_import(monkeypatch, versions, error, detail):
     def fail(name):
-        raise ImportError(error)
+        raise AttributeError(name) if name.startswith('__') else ImportError(error)
 
     module = types.ModuleType('mmcv.ops')
     module.__getattr__ = fail
     monkeypatch.setitem(sys.modules, 'mmcv.ops', module)
     versions.update(mmcv='2.1.0')
-    # classification works without the ops, detection and segmentation do not
-    assert doctor.check_mmcv_ops().status == WARN
-    versions.update(mmdet='3.3.0')
-    row = doctor.check_mmcv_ops()
-    assert (row.status, row.fix) == (FAIL, doctor.BUILD_MMCV)
-    assert detail in row.detail
+    found = doctor.check_mmcv_ops()
+    assert (found.status, found.fix) == (FAIL, doctor.ONE_MMCV)
+    assert detail in found.detail
 
 
 def test_mmcv_ops_with_a_wrong_result(monkeypatch):
     import mmcv.ops
 
     monkeypatch.setattr(mmcv.ops, 'nms', lambda boxes, *_: (boxes, torch.tensor([0])))
-    row = doctor.check_mmcv_ops()
-    assert (row.status, row.detail) == (FAIL, 'nms kept [0], not [0, 2]')
+    found = doctor.check_mmcv_ops()
+    assert (found.status, found.detail) == (FAIL, 'nms on cpu kept [0], not [0, 2]')
+
+
+@pytest.mark.parametrize(
+    ('provided', 'detail'),
+    [
+        (True, 'cpu: nms, roi_align by torchvision; softnms by torch'),
+        (False, 'cpu: compiled, nms runs'),
+    ],
+)
+def test_what_computes_the_ops_of_mmcv(monkeypatch, provided, detail):
+    lanes = {'nms': 'torchvision', 'softnms': 'torch'}
+    lanes |= dict.fromkeys(('roi_align_forward', 'roi_align_backward'), 'torchvision')
+    monkeypatch.setattr(doctor.mmcv_ops, 'lanes', lambda device: lanes)
+    monkeypatch.setattr(doctor.mmcv_ops, 'is_provided', lambda: provided)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert doctor.check_mmcv_ops() == (OK, detail, '')
 
 
 def test_both_opencv_builds(versions):
     versions.update({'opencv-python': '5.0', 'opencv-python-headless': '5.0'})
-    row = doctor.check_opencv()
-    assert row.status == WARN
-    assert 'uninstall --yes opencv-python opencv-python-headless' in row.fix
-
-
-def test_missing_pkg_resources(monkeypatch):
-    monkeypatch.setattr(doctor.importlib.util, 'find_spec', lambda name: None)
-    row = doctor.check_pkg_resources()
-    assert row.status == WARN
-    assert row.fix.endswith("install 'setuptools<82'")
-
-
-def test_missing_compiler(monkeypatch, tmp_path):
-    monkeypatch.setenv('PATH', str(tmp_path))
-    monkeypatch.delenv('CXX', raising=False)
-    assert doctor.check_compiler().status == WARN
+    found = doctor.check_opencv()
+    assert found.status == WARN
+    assert 'uninstall --yes opencv-python opencv-python-headless' in found.fix
 
 
 @pytest.mark.parametrize(
@@ -200,9 +208,9 @@ def test_gpu_and_torch_that_do_not_meet(monkeypatch, built_for, driver, detail):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     found = '/usr/bin/nvidia-smi' if driver else None
     monkeypatch.setattr(doctor.shutil, 'which', lambda name: found)
-    row = doctor.check_cuda()
-    assert row.status == WARN
-    assert detail in row.detail
+    found = doctor.check_cuda()
+    assert found.status == WARN
+    assert detail in found.detail
 
 
 def test_checkpoint_that_cannot_be_resumed(monkeypatch):
@@ -212,25 +220,25 @@ def test_checkpoint_that_cannot_be_resumed(monkeypatch):
         raise pickle.UnpicklingError('Weights only load failed')
 
     monkeypatch.setattr(CheckpointLoader, 'load_checkpoint', refuse)
-    row = doctor.run_check((doctor.check_resume, ()))
-    assert (row.status, row.name) == (FAIL, 'resume')
-    assert 'Weights only load failed' in row.detail
+    found = doctor.run_check(doctor.check_resume)
+    assert found.status == FAIL
+    assert 'Weights only load failed' in found.detail
 
 
 def test_error_in_a_check_is_a_row():
     def check_weather():
         raise OSError('rain')
 
-    row = doctor.run_check((check_weather, ()))
-    assert (row.status, row.name, row.detail) == (FAIL, 'weather', 'OSError: rain')
+    found = doctor.run_check(check_weather)
+    assert (found.status, found.detail) == (FAIL, 'OSError: rain')
 
 
 def test_unregistered_rednet(monkeypatch):
     from mmdet.registry import MODELS
 
     monkeypatch.setattr(MODELS, 'get', lambda name: None)
-    row = doctor.check_registry('mmdet')
-    assert (row.status, row.detail) == (FAIL, 'RedNet is not in the registry')
+    found = doctor.check_registry('mmdet')
+    assert (found.status, found.detail) == (FAIL, 'RedNet is not in the registry')
 
 
 @pytest.mark.parametrize(
@@ -251,7 +259,7 @@ def test_slow_backends(monkeypatch, device, reason, status, detail):
         backend = dataclasses.replace(BACKENDS[name], unusable=unusable)
         monkeypatch.setitem(BACKENDS, name, backend)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: device == 'cuda')
-    row = doctor.check_ops()
-    assert row.status == status
-    assert detail in row.detail
-    assert bool(row.fix) == (status == WARN)
+    found = doctor.check_ops()
+    assert found.status == status
+    assert detail in found.detail
+    assert bool(found.fix) == (status == WARN)

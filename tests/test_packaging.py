@@ -10,6 +10,7 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from packaging.version import Version
 from mmcls_involution import __version__, compat
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ['mmcls_involution', 'configs', 'tools', 'requirements']
+PARTS = ['mmcls_involution', 'configs', 'tools']
 FILES = ['setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md']
 FILES += ['model-index.yml']
 
@@ -77,7 +78,7 @@ def wheel(clone, tmp_path_factory) -> zipfile.ZipFile:
     python('-m', 'pip', 'wheel', *options, '-w', out, '.', cwd=clone)
     (file,) = out.iterdir()
     # the kernels link neither torch nor one version of Python
-    assert file.name.startswith(f'mmcls_involution-{__version__}-cp311-abi3-')
+    assert file.name.startswith(f'mmcls_involution-{__version__}-cp310-abi3-')
     return zipfile.ZipFile(file)
 
 
@@ -101,7 +102,7 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
         }
     packaged = {name for name in names if '.dist-info/' not in name}
     assert packaged - {KERNELS} == expected
-    assert 'mmcls_involution/.mim/tools/setup_env.py' in packaged
+    assert 'mmcls_involution/.mim/tools/train.py' in packaged
     for file in ('metafile.yml', 'README.md'):
         assert f'mmcls_involution/.mim/configs/imagenet/{file}' in packaged
 
@@ -175,70 +176,76 @@ def test_license_field_classifier_and_file_agree(wheel, metadata):
     assert 'Apache License' in wheel.read(file).decode()
 
 
+def requirements(metadata, extra: str = '') -> dict[str, SpecifierSet]:
+    """What an extra asks for on Linux; without a name, what a plain install does."""
+    environment = {'extra': extra, 'sys_platform': 'linux'}
+    return {
+        requirement.name: requirement.specifier
+        for requirement in map(Requirement, metadata.get_all('Requires-Dist'))
+        if ('extra' in str(requirement.marker)) == bool(extra)
+        and (requirement.marker is None or requirement.marker.evaluate(environment))
+    }
+
+
 def test_plain_install_requires_torch_of_any_version_only(metadata):
-    requirements = list(map(Requirement, metadata.get_all('Requires-Dist')))
-    plain = [str(r) for r in requirements if r.marker is None]
-    assert plain == ['torch']
-    assert set(metadata.get_all('Provides-Extra')) == {'det', 'seg', 'cls', 'dev'}
+    assert requirements(metadata) == {'torch': SpecifierSet()}
+    extras = set(metadata.get_all('Provides-Extra'))
+    assert extras == {'det', 'seg', 'cls', 'all', 'dev'}
 
 
 def test_extras_ask_for_the_supported_ranges(metadata):
-    ranges = {}
-    for requirement in map(Requirement, metadata.get_all('Requires-Dist')):
-        if requirement.specifier:
-            ranges[requirement.name] = requirement.specifier
-    expected = {
+    supported = {
         name: SpecifierSet(f'>={lowest},<{highest}')
         for name, (lowest, highest) in compat.SUPPORTED.items()
-        if name not in ('torch', 'mmcv')
     }
-    assert ranges == expected
+    everything = requirements(metadata, 'all')
+    lite = everything['mmcv-lite']
+    assert '2.1.0' in lite and '2.2.0' not in lite and '2.0.0' not in lite
+    for name in ('mmengine', 'mmdet', 'mmsegmentation', 'mmpretrain'):
+        assert everything[name] == supported[name]
 
 
-def read_pins() -> dict[str, str]:
-    pins = {}
-    for file in (ROOT / 'requirements').glob('*.txt'):
-        for line in file.read_text().splitlines():
-            if line and not line.startswith('#'):
-                name, version = line.split('==')
-                assert name not in pins, f'{name} is pinned twice'
-                pins[name] = version
-    return pins
+def test_extras_of_toolboxes_leave_mmcv_and_torchvision_alone(metadata):
+    """Which are right depends on what is there; only `all` brings them."""
+    parts = {}
+    for extra in ('det', 'seg', 'cls'):
+        parts |= requirements(metadata, extra)
+    assert not {'mmcv', 'mmcv-lite', 'torchvision'} & set(parts)
+    everything = requirements(metadata, 'all')
+    assert set(everything) - set(parts) == {'mmcv-lite', 'torchvision'}
+    assert {name: everything[name] for name in parts} == parts
 
 
-def test_pins_lie_in_the_supported_ranges():
-    pins = read_pins()
-    for name, (lowest, highest) in compat.SUPPORTED.items():
-        assert Version(lowest) <= Version(pins[name]) < Version(highest), name
-    assert Version(pins['setuptools']) < Version('82')
-
-
-def test_makefile_names_the_pinned_torch():
+def test_tested_versions_lie_in_the_supported_ranges():
+    tested = {}
+    for line in (ROOT / 'requirements' / 'tested.txt').read_text().splitlines():
+        if line and not line.startswith('#'):
+            requirement = Requirement(line)
+            assert requirement.name not in tested, f'{requirement.name} stands twice'
+            tested[requirement.name] = requirement.specifier
     makefile = (ROOT / 'Makefile').read_text()
     (torch,) = re.findall(r'^TORCH \?= (.*)$', makefile, re.MULTILINE)
-    assert torch == f'torch=={read_pins()["torch"]}'
+    tested |= {'torch': Requirement(torch).specifier, 'mmcv': tested['mmcv-lite']}
+    for name, (lowest, highest) in compat.SUPPORTED.items():
+        (pin,) = tested[name]
+        assert pin.operator == '=='
+        assert Version(lowest) <= Version(pin.version) < Version(highest), name
 
 
-@pytest.mark.skipif(shutil.which('make') is None, reason='make is not installed')
-@pytest.mark.parametrize('target', ['demo', 'test', 'lint'])
-def test_make_sets_up_first(target):
-    result = subprocess.run(
-        ['make', '--no-print-directory', '-n', target],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    first, second = result.stdout.splitlines()
-    assert 'tools/setup_env.py' in first
-    assert second.startswith('.venv/bin/python ')
+def compiled_mmcv() -> bool:
+    try:
+        return bool(version('mmcv'))
+    except PackageNotFoundError:
+        return False
 
 
 def test_install_leaves_this_environment_as_it_is(clone):
     """`pip install .[...]` finds all it needs at the versions that are here."""
     options = ['--dry-run', '--no-index', '--no-build-isolation', '--quiet']
     report = ['--report', clone / 'report.json']
-    requirement = '.[det,seg,cls,dev]'
+    # `all` too, where mmcv-lite is the mmcv that is here
+    extras = 'det,seg,cls' if compiled_mmcv() else 'all'
+    requirement = f'.[{extras},dev]'
     python('-m', 'pip', 'install', *options, *report, requirement, cwd=clone)
     installs = json.loads((clone / 'report.json').read_text())['install']
     assert [item['metadata']['name'] for item in installs] == ['mmcls_involution']

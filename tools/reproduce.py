@@ -42,6 +42,7 @@ from mmengine.config import Config
 from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from mmengine.utils.dl_utils import collect_env
+from model_converters.checkpoint_utils import sha256
 from preflight import UserError
 from reproduction_report import batch_deviation, compare, describe, write
 from train import latest_checkpoint
@@ -475,8 +476,7 @@ def identity(checkpoint: str) -> str:
     """What tells this checkpoint from any other: its sha256, or its URL."""
     if '://' in checkpoint:
         return checkpoint
-    with Path(checkpoint).expanduser().open('rb') as file:
-        return f'sha256 {hashlib.file_digest(file, "sha256").hexdigest()}'
+    return f'sha256 {sha256(Path(checkpoint).expanduser())}'
 
 
 def pretrained(cfg: Config) -> dict[str, str]:
