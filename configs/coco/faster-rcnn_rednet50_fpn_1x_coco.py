@@ -1,3 +1,6 @@
-_base_ = ['mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py', '../_base_/rednet50.py']
+_base_ = [
+    'mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py',
+    '../_base_/models/rednet50.py',
+]
 
 model = dict(backbone=_base_.rednet50)

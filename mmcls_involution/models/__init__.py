@@ -24,7 +24,7 @@ if find_spec('mmdet') or find_spec('mmseg'):
 
 if find_spec('mmdet'):
     from .dense_heads import InvolutionRPNHead  # noqa: F401
-    from .mask_heads import InvolutionFCNMaskHead  # noqa: F401
+    from .roi_heads import InvolutionFCNMaskHead  # noqa: F401
 
     __all__ += ['InvolutionFCNMaskHead', 'InvolutionRPNHead']
 

@@ -9,7 +9,7 @@ from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 from torch import nn
 
-from ..layers import Involution2d
+from ...layers import Involution2d
 
 
 @MODELS.register_module()

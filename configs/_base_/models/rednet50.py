@@ -13,3 +13,10 @@ rednet50 = dict(
     stem_kernel_size=7,
     init_cfg=dict(type='Pretrained', checkpoint=weights, prefix='backbone.'),
 )
+# As a segmenter's: SyncBN as upstream's configs have it, and plain BN in the kernel
+# generators, as the official models have it.
+rednet50_syncbn = dict(
+    norm_cfg=dict(type='SyncBN'),
+    involution_cfg=dict(norm_cfg=dict(type='BN')),
+    **rednet50,
+)

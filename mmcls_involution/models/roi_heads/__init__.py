@@ -1,0 +1,3 @@
+from .mask_heads import InvolutionFCNMaskHead
+
+__all__ = ['InvolutionFCNMaskHead']
