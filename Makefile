@@ -42,7 +42,7 @@ mmcv: setup  ## compile mmcv with all its operators, in place of mmcv-lite (20 C
 	@rm '$(VENV)/setup-$(KEY)'
 	$(PIP) uninstall --yes mmcv mmcv-lite
 	$(INSTALL) 'setuptools<82' wheel ninja psutil
-	PATH="$(abspath $(VENV))/bin:$$PATH" MMCV_WITH_OPS=1 CFLAGS='-O2 -g0' $(INSTALL) --no-build-isolation --no-deps --no-cache-dir mmcv==2.1.0
+	PATH="$(abspath $(VENV))/bin:$$PATH" CFLAGS='-O2 -g0' $(INSTALL) --no-build-isolation --no-deps --no-cache-dir mmcv==2.1.0
 	@$(MAKE) setup
 
 demo: setup  ## train and evaluate a small RedNet detector on CPU (about 6 minutes)
