@@ -53,7 +53,7 @@ def classifier() -> Config:
 
 
 def ddp(model: nn.Module, **kwargs: bool) -> nn.Module:
-    # As preflight.py has it.
+    # As engine/config.py has it.
     return MMDistributedDataParallel(model, broadcast_buffers=False, **kwargs)
 
 

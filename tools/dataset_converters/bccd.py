@@ -19,11 +19,12 @@ from pathlib import Path
 
 from converter_utils import (
     open_download,
-    read_image,
     run_converter,
     staged_output,
 )
 from rich.progress import track
+
+from mmcls_involution.data.images import read_image
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'test')

@@ -19,12 +19,13 @@ import numpy as np
 from bccd import CLASSES, SPLITS
 from converter_utils import (
     open_download,
-    read_image,
     run_converter,
     staged_output,
     write_image,
 )
 from rich.progress import track
+
+from mmcls_involution.data.images import read_image
 
 SOURCE = 'the output of tools/dataset_converters/bccd.py'
 

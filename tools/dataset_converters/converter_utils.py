@@ -60,32 +60,6 @@ def open_download(path: Path, folders: Collection[str], source: str) -> Iterator
         yield candidates[best]
 
 
-def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """Read an image, or say which file is missing or broken.
-
-    Args:
-        path (Path): Image file.
-        flags (int): OpenCV's read mode. Defaults to colour, BGR.
-
-    Returns:
-        np.ndarray: [H, W, 3], or [H, W] where ``flags`` and the file say so.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be decoded.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f'image {path} is missing')
-    # Not cv2.imread: it fills up a JPEG that is cut short, and only prints a warning.
-    content = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(content, flags) if content.size else None
-    if image is None:
-        raise ValueError(
-            f'image {path} cannot be decoded: it is damaged, download it again'
-        )
-    return image
-
-
 def write_image(path: Path, image: np.ndarray, jpeg_quality: int = 95) -> None:
     """Write an image in the format of its suffix.
 

@@ -1,0 +1,1 @@
+"""Checkpoints: whether they fit, reading and writing them, converting, publishing."""

@@ -1,0 +1,210 @@
+"""Checkpoint files: which ones a run names, reading weights-only, writing safely."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.runner import CheckpointLoader
+from torch import Tensor
+
+from mmcls_involution.engine.config import ROOT, dicts, missing, places
+from mmcls_involution.engine.errors import UserError
+
+
+def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> None:
+    """Refuse a checkpoint path that names no file; URLs pass.
+
+    Args:
+        path: The path; None passes too.
+        what: The flag, or the key of the config, that gave it.
+        cfg: The config, where it gave the path.
+
+    Raises:
+        UserError: If ``path`` is a placeholder or a local file that does not exist.
+    """
+    if not path or '://' in str(path):
+        return
+    if re.search(r'path[/_]?to|<.*>', str(path)):
+        raise UserError(
+            f'{what} is a placeholder: {path}. Put the path of your checkpoint there.'
+        )
+    if message := missing(Path(path).expanduser(), what, cfg):
+        if cfg is not None:
+            key = what.removesuffix('.checkpoint')
+            message += (
+                f'{_source(str(path), cfg)} {key}=None starts from random weights.'
+            )
+        raise UserError(message)
+
+
+def _source(path: str, cfg: Config) -> str:
+    """Where the weights come from that one of our configs leaves in its work dir."""
+    for name, default in places(cfg).items():
+        config = next(ROOT.glob(f'configs/*/{Path(default).parent.name}.py'), None)
+        if config is not None and path == os.environ.get(name, default):
+            return (
+                f' tools/train.py {config.relative_to(ROOT)} makes it, '
+                'tools/model_converters/rednet_to_mmcls_involution.py converts the '
+                "authors' weights."
+            )
+    return ''
+
+
+def starting_points(cfg: Config) -> dict[str, str]:
+    """Checkpoints that a training starts from, by the keys that name them."""
+    starts = {
+        f'{path}.checkpoint': part['checkpoint']
+        for path, part in dicts(cfg.model, 'model')
+        if part.get('type') == 'Pretrained' and part.get('checkpoint')
+    }
+    return starts | ({'load_from': cfg.load_from} if cfg.get('load_from') else {})
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a work dir, or None.
+
+    ``last_checkpoint`` names it. That file may be out of date if the folder was moved
+    or the run was killed, and a checkpoint being written then is cut short.
+    """
+    candidates = sorted(
+        [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')],
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    pointer = work_dir / 'last_checkpoint'
+    if pointer.is_file():
+        candidates.insert(0, Path(pointer.read_text().strip()))
+    for file in candidates:
+        if zipfile.is_zipfile(file):
+            return file
+        print_log(f'Passed over {file}, missing or cut short', level=logging.WARNING)
+    return None
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint weights-only, to the CPU. compat.apply() must have run.
+
+    Args:
+        path (Path): A file of MMCV or MMEngine, or a bare state dict.
+
+    Returns:
+        dict: The file's content; a bare state dict is put under ``state_dict``. Its
+        names no longer begin with the ``module.`` of a parallel model.
+
+    Raises:
+        UserError: If there is no such file, or it holds no weights.
+        pickle.UnpicklingError: If reading it could run code; the message says how to
+            extract its weights.
+        RuntimeError: If it is cut short.
+    """
+    check_checkpoint(str(path), 'the input')
+    try:
+        checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
+    except RuntimeError as error:
+        raise UserError(str(error)) from None
+    if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    weights = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
+    if (
+        not isinstance(weights, dict)
+        or not weights
+        or not all(isinstance(value, Tensor) for value in weights.values())
+    ):
+        found = list(weights)[:8] if isinstance(weights, dict) else type(weights)
+        raise UserError(
+            f'{path} holds no weights: expected a dict of tensors, by itself or under '
+            f"the key 'state_dict', found {found}"
+        )
+    while all(name.startswith('module.') for name in weights):
+        weights = {n.removeprefix('module.'): value for n, value in weights.items()}
+    checkpoint['state_dict'] = weights
+    return checkpoint
+
+
+def read_meta(checkpoint: str) -> dict[str, Any]:
+    """Epoch, iteration and seed of a local checkpoint, as far as it has them."""
+    if '://' in checkpoint:
+        return {}
+    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger='silent')
+    meta = content.get('meta') or {}
+    return {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
+
+
+def identity(checkpoint: str) -> str:
+    """What tells this checkpoint from any other: its sha256, or its URL."""
+    if '://' in checkpoint:
+        return checkpoint
+    return f'sha256 {sha256(Path(checkpoint).expanduser())}'
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, 64 hexadecimal digits."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def save_beside(checkpoint: dict[str, Any], path: Path) -> Path:
+    """Write a checkpoint to a hidden file beside ``path``, and give that file.
+
+    Renaming it to ``path`` cannot fail half-way. The same content gives the same bytes.
+
+    Raises:
+        OSError, UserError: If it cannot be written; nothing is left behind then.
+    """
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
+    try:
+        # As an open file: torch would write the name of a path into the file.
+        with partial.open('wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError):  # torch's word for a full disk
+            raise UserError(f'cannot write {path}: {error}') from error
+        raise
+    return partial
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output that could not be written, before anything is read.
+
+    Raises:
+        UserError: If it is a folder, or its folder is missing or read-only.
+    """
+    if path.is_dir():
+        raise UserError(f'the output {path} is a folder: name a file')
+    if not path.parent.is_dir():
+        raise UserError(f'the folder of the output {path} does not exist: make it')
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f'the folder of the output {path} is read-only')
+
+
+def plain(value: Any) -> Any:
+    """What of a checkpoint's meta data loads weights-only in any program.
+
+    Args:
+        value: Text, numbers, and dicts, lists and tuples of them stay; numpy's numbers
+            and arrays become Python's; of the rest nothing remains (``None``).
+    """
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        items = [plain(item) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    if hasattr(value, 'tolist'):  # numpy and torch
+        return plain(value.tolist())
+    # The exact types: a subclass would be pickled by its own name.
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return None

@@ -1,0 +1,243 @@
+"""Comparison of seeds: table, picture, refusals; compare_backbones.sh, its user."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from mmcls_involution import __main__ as commands
+from mmcls_involution import compat
+from mmcls_involution.engine.config import add_cfg_options, read_config
+from mmcls_involution.runs import compare as tool
+
+ROOT = Path(__file__).parents[2]
+SCORES = dict(slow=[30.0, 31.0, 35.0], quick=[40.0, 44.0])
+
+
+def write_run(
+    folder: Path, config: str, seed: int, score: float, **recipe: str | int
+) -> Path:
+    """What tools/reproduce.py leaves, as far as it is read."""
+    processes = recipe.pop('processes', 2)
+    train = dict(config=recipe, processes=processes, changed=[], finished='a.pth')
+    command = "DATA='a b' python -m torch.distributed.run -m mmcls_involution test"
+    if processes == 1:
+        command = 'python tools/test.py'
+    test = dict(
+        command=f'{command} configs/{config}.py a.pth --cfg-options model.x=1',
+        checkpoint=str(folder / 'a.pth'),
+        meta=dict(seed=seed),
+        scores={'mIoU': score, 'aAcc': 90.0},
+    )
+    (folder / 'report').mkdir(parents=True)
+    record = dict(train=train, test=test)
+    (folder / 'report' / 'record.json').write_text(json.dumps(record))
+    data = folder / '20260101_000000' / 'vis_data'
+    data.mkdir(parents=True)
+    lines = [dict(lr=0.1, loss=score / step, step=step) for step in (10, 20, 30)]
+    lines.insert(2, dict(mIoU=score - 5, step=20))
+    (data / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path) -> list[Path]:
+    return [
+        write_run(tmp_path / f'{name}{seed}', name, seed, score)
+        for name, scores in SCORES.items()
+        for seed, score in enumerate(scores)
+    ]
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, 'argv', ['compare', *map(str, arguments)])
+    commands.run('compare')
+
+
+def test_table_and_picture(runs, monkeypatch, tmp_path, capsys):
+    out = tmp_path / 'new' / 'picture.png'
+    call(monkeypatch, *runs, '--out', out)
+    header, _, slow, quick, *_ = capsys.readouterr().out.splitlines()
+    assert header == '| Config | Seeds | mIoU | Difference |'
+    assert slow == f'| slow | 3 | 32.00 ± {statistics.stdev(SCORES["slow"]):.2f} |  |'
+    assert quick == '| quick | 2 | 42.00 ± 2.83 | +10.00 |'
+    picture = cv2.imread(str(out))[..., ::-1] / 255
+    for color in ('C0', 'C1'):  # the curves of both, in all three panels
+        distance = np.abs(picture - to_rgb(color)).max(axis=2)
+        panels = np.array_split(distance, 3, axis=1)
+        assert [bool((panel < 0.02).sum() > 20) for panel in panels] == [True] * 3
+
+
+def test_curves_are_those_of_the_logs(runs):
+    configs = tool.group([tool.read_run(folder) for folder in runs])
+    assert [[run.seed for run in group] for group in configs.values()] == [
+        [0, 1, 2],
+        [0, 1],
+    ]
+    log = configs['quick'][1].log
+    assert [(line['step'], line['loss']) for line in log.train][:2] == [
+        (10, 4.4),
+        (20, 2.2),
+    ]
+    assert [(line['x'], line['mIoU']) for line in log.val] == [(20, 39.0)]
+
+
+def test_band_spans_the_points_that_all_have():
+    axis = tool.plt.figure().subplots()
+    curves = [[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (2, 8.0)]]
+    tool.draw_band(axis, curves, 'C0', 'a')
+    assert axis.lines[0].get_xydata().tolist() == [[1, 3], [2, 6]]
+    corners = axis.collections[0].get_paths()[0].vertices.tolist()
+    assert {(1, 2), (1, 4), (2, 4), (2, 8)} == {tuple(corner) for corner in corners}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (dict(seed=0), 'have the same seed, 0'),
+        (dict(model='other'), 'with different settings'),
+        (dict(processes=1), 'with different settings'),
+    ],
+)
+def test_what_are_no_repetitions_is_refused(
+    runs, change, message, monkeypatch, tmp_path
+):
+    arguments = dict(config='slow', seed=3, score=30.0) | change
+    runs.append(write_run(tmp_path / 'one more', **arguments))
+    with pytest.raises(SystemExit, match=message):
+        call(monkeypatch, *runs, '--out', tmp_path / 'a.png')
+    assert not (tmp_path / 'a.png').exists()
+
+
+@pytest.mark.parametrize(
+    ('part', 'key', 'value', 'message'),
+    [
+        ('train', 'changed', ['model'], 'model of the config was changed'),
+        ('train', 'finished', None, 'no training that is finished'),
+        ('test', 'checkpoint', '/else/a.pth', 'the scores are of /else/a.pth, not of'),
+    ],
+)
+def test_what_is_not_the_result_of_its_config_is_refused(
+    runs, part, key, value, message, monkeypatch, tmp_path
+):
+    file = runs[0] / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    record[part][key] = value
+    if value is None:
+        del record[part][key]
+    file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=message):
+        call(monkeypatch, *runs, '--out', tmp_path / 'a.png')
+
+
+@pytest.mark.parametrize('missing', ['record', 'test', 'known scores'])
+def test_what_is_missing_is_named(runs, missing, monkeypatch, tmp_path):
+    file = runs[1] / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    if missing == 'test':
+        del record['test']
+    elif missing == 'record':
+        file.unlink()
+    if missing == 'known scores':
+        record['test']['scores'] = dict(aAcc=1.0)
+        message, arguments = 'None of the scores is known: aAcc', [runs[1]]
+    else:
+        message, arguments = f'{runs[1]} has no training that is finished', runs
+    if file.exists():
+        file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match=message):
+        call(monkeypatch, *arguments, '--out', tmp_path / 'a.png')
+
+
+# ----------------------------------------------------------------- compare_backbones.sh
+
+SCRIPT = ROOT / 'tools' / 'analysis_tools' / 'compare_backbones.sh'
+
+
+def run_script(
+    tmp_path: Path, *arguments: str, **env: str
+) -> subprocess.CompletedProcess:
+    """Run it with a stand-in for python that prints each command on one line."""
+    python = tmp_path / 'python'
+    python.write_text('#!/bin/sh\nprintf "%s\\037" "$@"; echo\n')
+    python.chmod(0o755)
+    path = os.pathsep.join([str(tmp_path), os.environ['PATH']])
+    command = ['bash', str(SCRIPT), *arguments]
+    env = {**os.environ, 'PATH': path, **env}
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize('data', ['bccd', 'camvid'])
+def test_configs_are_compared_by_one_recipe(data, tmp_path):
+    pytest.importorskip('mmdet')
+    pytest.importorskip('mmseg')
+    import torch
+    from mmengine.registry import MODELS
+
+    compat.apply()
+    result = run_script(tmp_path, data)
+    assert result.returncode == 0, result.stderr
+    *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]
+    assert last[0].endswith('compare_seeds.py')
+    compared = [Path(folder) for folder in last[1 : last.index('--out')]]
+    tools, configs, flags = set(), set(), set()
+    for call in calls:
+        i, j = call.index('--seed'), call.index('--cfg-options')
+        tools.add(call[0])
+        configs.add(tuple(call[1:i]))
+        flags.add(tuple(call[j:]))
+    seeds = [call[call.index('--seed') + 1] for call in calls]
+    assert seeds == ['0', '1', '2'] and tools == {'tools/reproduce.py'}
+    (configs,) = configs
+    assert compared == [  # the first config is what the others are compared with
+        Path(f'work_dirs/{data}-half', seed, Path(config).stem)
+        for config in configs
+        for seed in seeds
+    ]
+
+    parser = argparse.ArgumentParser()
+    add_cfg_options(parser)
+    options = parser.parse_args([*flags.pop()]).cfg_options
+    assert not flags
+    recipes, swaps = [], []
+    for config in configs:
+        cfg = read_config(ROOT / config, options)
+        model = MODELS.build(cfg.model).eval()
+        with torch.inference_mode():
+            features = model.extract_feat(torch.zeros(1, 3, 64, 96))
+        assert {feature.shape[1] for feature in features} == {128}
+        parts = cfg.model.pop('backbone'), cfg.model.pop('neck')
+        swaps.append(tuple(part['type'] for part in parts))
+        cfg.pop('custom_imports', None)  # ResNet needs none
+        recipes.append(cfg.to_dict())
+    assert recipes[0] == recipes[1] == recipes[2]
+    assert swaps[0][0].startswith('ResNet')
+    assert swaps[1:] == [('RedNet', 'FPN'), ('RedNet', 'InvolutionFPN')]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'size'), [([], 'half'), (['coco'], 'half'), (['bccd'], 'small')]
+)
+def test_script_explains_itself(arguments, size, tmp_path):
+    result = run_script(tmp_path, *arguments, SIZE=size)
+    assert (result.returncode, result.stdout) == (2, '')
+    assert result.stderr.startswith('usage: [SIZE=half|full]')
+
+
+def test_full_size_is_the_configs_as_they_stand(tmp_path):
+    result = run_script(tmp_path, 'camvid', SIZE='full', SEEDS='7')
+    train, compare = result.stdout.splitlines()
+    assert train.split('\037')[-5:-1] == [
+        *('--seed', '7', '--work-dir', 'work_dirs/camvid-full/7')
+    ]
+    assert 'work_dirs/camvid-full/comparison.png' in compare

@@ -1,0 +1,619 @@
+"""Official checkpoints into ours, and checkpoints to publish."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+
+from mmcls_involution import __main__ as commands
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.models import RedNet
+from mmcls_involution.weights.convert import load_strictly
+
+ROOT = Path(__file__).parents[2]
+CONVERTER, PUBLISHER = 'convert', 'publish'
+SLIM = dict(depth=26, base_channels=16, stem_channels=32)
+SLIM_CONFIG = """
+default_scope = 'mmpretrain'
+custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
+model = dict(
+    type='ImageClassifier',
+    backbone=dict(
+        type='RedNet', depth=26, base_channels=16, stem_channels=32,
+        stem_kernel_size={stem},
+    ),
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=2, in_channels=512),
+)
+"""
+
+Weights = dict[str, torch.Tensor]
+Tool = Callable[..., str]
+
+
+@pytest.fixture
+def tool(monkeypatch) -> Tool:
+    """Run a command; give the message it ended with, '' for success."""
+
+    def run(name: str, *arguments: str | Path) -> str:
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        try:
+            commands.run(name)
+        except SystemExit as end:
+            return str(end.code or '')
+        return ''
+
+    return run
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / 'slim.py'
+    path.write_text(SLIM_CONFIG.format(stem=3))
+    return path
+
+
+@pytest.fixture
+def config7(tmp_path) -> Path:
+    path = tmp_path / 'slim_stem7.py'
+    path.write_text(SLIM_CONFIG.format(stem=7))
+    return path
+
+
+@pytest.fixture
+def weights() -> Weights:
+    """Of a slim classifier; test_rednet.py holds the names to the official ones."""
+    torch.manual_seed(0)
+    backbone = RedNet(**SLIM).state_dict()
+    state = {
+        f'backbone.{name}': torch.rand_like(value)
+        if value.is_floating_point()
+        else torch.tensor(7)
+        for name, value in backbone.items()
+    }
+    state['head.fc.weight'], state['head.fc.bias'] = torch.rand(2, 512), torch.rand(2)
+    return state
+
+
+def backbone_of(weights: Weights) -> Weights:
+    return {n: v for n, v in weights.items() if n.startswith('backbone.')}
+
+
+def renamed(weights: Weights, old: str, new: str) -> Weights:
+    return {new + name.removeprefix(old): v for name, v in weights.items()}
+
+
+def load_anywhere(path: Path) -> dict:
+    """Load weights-only with nothing on torch's list, as a stranger's program does."""
+    allowed = torch.serialization.get_safe_globals()
+    torch.serialization.clear_safe_globals()
+    try:
+        return torch.load(path, weights_only=True)
+    finally:
+        torch.serialization.add_safe_globals(allowed)
+
+
+def same(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------- official into ours
+
+
+def wrapped(weights: Weights) -> dict:
+    """As mmcls 0.x saves: an OrderedDict, optimizer state, and numpy in the meta."""
+    return dict(
+        meta=dict(
+            mmcls_version='0.10.0',
+            CLASSES=('dark', 'light'),
+            hook_msgs=dict(best_score=np.float64(78.3)),
+        ),
+        state_dict=OrderedDict(weights),
+        optimizer=dict(state={0: dict(momentum_buffer=torch.rand(3))}),
+    )
+
+
+@pytest.mark.parametrize(
+    'form',
+    [
+        lambda w: w,
+        lambda w: wrapped(w),
+        lambda w: wrapped(renamed(w, '', 'module.')),
+        lambda w: backbone_of(w),
+        lambda w: wrapped(renamed(backbone_of(w), 'backbone.', '')),
+        lambda w: renamed(backbone_of(w), 'backbone.', 'module.'),
+        lambda w: renamed(backbone_of(w), '', 'module.'),
+    ],
+    ids=['whole', 'wrapped', 'module', 'backbone', 'bare', 'module-bare', 'module-bb'],
+)
+def test_every_form_of_the_same_weights(form, weights, config, tool, tmp_path, capsys):
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    content = form(weights)
+    torch.save(content, src)
+    assert tool(CONVERTER, src, dst, '--config', config) == ''
+
+    result = load_anywhere(dst)
+    alone = not any('head.' in name for name in content.get('state_dict', content))
+    assert same(result['state_dict'], backbone_of(weights) if alone else weights)
+    assert result.keys() == {'meta', 'state_dict'}
+    assert result['meta']['converted_from'] == dict(
+        name='official.pth', sha256=digest(src)
+    )
+    names = result['meta'].get('dataset_meta', {}).get('classes')
+    assert names == (('dark', 'light') if 'meta' in content else None)
+    output = capsys.readouterr().out
+    assert output.count(digest(src)) == output.count(digest(dst)) == 1
+    assert 'RedNet-26, stem_kernel_size 3' in output
+    assert sorted(os.listdir(tmp_path)) == ['official.pth', 'ours.pth', 'slim.py']
+
+
+def test_result_is_what_init_cfg_loads(weights, config, tool, tmp_path):
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(renamed(backbone_of(weights), 'backbone.', ''), src)
+    assert tool(CONVERTER, src, dst, '--config', config) == ''
+    init_cfg = dict(type='Pretrained', checkpoint=str(dst), prefix='backbone.')
+    model = RedNet(**SLIM, init_cfg=init_cfg)
+    model.init_weights()
+    state = {f'backbone.{name}': value for name, value in model.state_dict().items()}
+    assert same(state, backbone_of(weights))
+
+
+def test_counters_of_batch_norm_may_be_missing(weights, config, tool, tmp_path, capsys):
+    src, dst = tmp_path / 'old.pth', tmp_path / 'ours.pth'
+    counters = {n for n in weights if n.endswith('num_batches_tracked')}
+    torch.save({n: v for n, v in weights.items() if n not in counters}, src)
+    assert tool(CONVERTER, src, dst, '--config', config) == ''
+    result = load_anywhere(dst)['state_dict']
+    assert same({n: v for n, v in result.items() if n not in counters}, {
+        n: v for n, v in weights.items() if n not in counters
+    })  # fmt: skip
+    assert {int(result[name]) for name in counters} == {0}
+    assert (
+        f'{len(counters)} x num_batches_tracked was missing' in capsys.readouterr().out
+    )
+
+
+def refused(tool, tmp_path, content: object, config: Path) -> str:
+    """The message of a conversion that must leave nothing behind."""
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    if not src.exists():
+        torch.save(content, src)
+    before = sorted(os.listdir(tmp_path))
+    message = tool(CONVERTER, src, dst, '--config', config)
+    assert sorted(os.listdir(tmp_path)) == before
+    return message
+
+
+def test_all_that_does_not_fit_is_listed(weights, config, tool, tmp_path):
+    del weights['backbone.layer2.1.conv2.conv1.bn.running_var']
+    weights['backbone.layer2.1.conv2.conv1.weight'] = torch.rand(1)
+    weights['head.fc.bias'] = torch.rand(3)
+    message = refused(tool, tmp_path, weights, config)
+    assert message.startswith('Error: ') and 'official.pth' in message
+    listed = re.findall(r'(\d+ .*:)\n  (.*)', message)
+    assert listed == [
+        ('1 missing:', 'backbone.layer2.1.conv2.conv1.bn.running_var'),
+        ('1 of no use:', 'backbone.layer2.1.conv2.conv1.weight'),
+        ('1 of another shape:', 'head.fc.bias is (3,), the model has (2,)'),
+    ]
+    assert '--config must be the config of the very model' in message
+
+
+def test_long_lists_are_cut(config, tool, tmp_path):
+    state = RedNet(**{**SLIM, 'depth': 38}).state_dict()
+    message = refused(tool, tmp_path, state, config)
+    missing = set(state) - set(RedNet(**SLIM).state_dict())
+    assert f'{len(missing)} of no use:' in message
+    assert f'  ... and {len(missing) - 20} more' in message
+
+
+@pytest.mark.parametrize('form', [wrapped, backbone_of])
+def test_the_other_stem_is_refused_with_the_reason(
+    form, weights, config7, tool, tmp_path
+):
+    message = refused(tool, tmp_path, form(weights), config7)
+    assert 'their stem involutions differ' in message
+    assert 'official ImageNet models have stem_kernel_size=3' in message
+
+
+def test_classifier_for_a_detector(weights, tool, tmp_path):
+    config = tmp_path / 'detector.py'
+    text = SLIM_CONFIG[: SLIM_CONFIG.index('    neck=')].format(stem=3)
+    text = text.replace('mmpretrain', 'mmdet')
+    text = text.replace('ImageClassifier', 'SingleStageDetector')
+    config.write_text(
+        f"{text}bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=512))"
+    )
+    message = refused(tool, tmp_path, weights, config)
+    assert 'missing:\n  bbox_head.cls_convs.0.conv.weight' in message
+    assert '2 of no use:\n  head.fc.weight\n  head.fc.bias' in message
+    assert 'These are weights of a classifier' in message and 'REDNET50' in message
+
+
+@pytest.mark.parametrize(
+    'content, reason',
+    [
+        (dict(state_dict={}), 'holds no weights'),
+        (dict(model=dict(a=torch.rand(1))), r"found \['model'\]"),
+        ([torch.rand(1)], 'holds no weights: expected a dict of tensors'),
+        (dict(conv1=torch.rand(1)), 'these are no weights of RedNet'),
+    ],
+)
+def test_files_without_weights(content, reason, config, tool, tmp_path):
+    assert re.search(reason, refused(tool, tmp_path, content, config))
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.system, ('true',)
+
+
+def test_file_that_would_run_code(weights, config, tool, tmp_path):
+    message = refused(tool, tmp_path, dict(state_dict=weights, meta=Bomb()), config)
+    assert 'Refused to load' in message and 'system' in message
+    assert "['state_dict'], NEW_PATH)" in message  # the way out
+
+
+def test_torn_file(weights, config, tool, tmp_path):
+    src = tmp_path / 'official.pth'
+    torch.save(weights, src)
+    src.write_bytes(src.read_bytes()[:-1000])
+    assert 'is not a complete checkpoint' in refused(tool, tmp_path, None, config)
+
+
+def test_nothing_is_overwritten_unasked(weights, config, tool, tmp_path):
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(weights, src)
+    dst.write_text('precious')
+    assert '--overwrite' in tool(CONVERTER, src, dst, '--config', config)
+    assert dst.read_text() == 'precious'
+    assert tool(CONVERTER, src, dst, '--config', config, '--overwrite') == ''
+    assert same(load_anywhere(dst)['state_dict'], weights)
+
+
+def test_full_disk_leaves_nothing(weights, config, tool, tmp_path, monkeypatch):
+    def fail(content, file):
+        file.write(b'half')
+        raise RuntimeError('unexpected pos 64 vs 0')
+
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(weights, src)
+    dst.write_text('precious')
+    monkeypatch.setattr(torch, 'save', fail)
+    message = tool(CONVERTER, src, dst, '--config', config, '--overwrite')
+    assert re.search('cannot write .*ours.pth: unexpected pos', message)
+    assert dst.read_text() == 'precious'
+    assert sorted(os.listdir(tmp_path)) == ['official.pth', 'ours.pth', 'slim.py']
+
+
+@pytest.mark.parametrize(
+    'arguments, reason',
+    [
+        (('no.pth', 'ours.pth'), 'the input: .*no.pth does not exist'),
+        (('official.pth', '.'), 'is a folder: name a file'),
+        (('official.pth', 'no/ours.pth'), 'does not exist: make it'),
+    ],
+)
+def test_paths(arguments, reason, weights, config, tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(weights, 'official.pth')
+    assert re.search(reason, tool(CONVERTER, *arguments, '--config', config))
+
+
+def test_config_without_rednet(weights, config, tool, tmp_path):
+    config.write_text(config.read_text().replace("'RedNet', depth=26", "'ResNet'"))
+    assert 'no model with the backbone RedNet' in refused(
+        tool, tmp_path, weights, config
+    )
+
+
+# ------------------------------------------------- whole models of mmdet 2.x, mmseg 0.x
+
+
+def conv(name: str, after: int, before: int, size: int = 3, bias: bool = True) -> dict:
+    shapes = {f'{name}.weight': (after, before, size, size)}
+    return shapes | ({f'{name}.bias': (after,)} if bias else {})
+
+
+def norm(name: str, channels: int) -> dict:
+    names = ('weight', 'bias', 'running_mean', 'running_var')
+    shapes = {f'{name}.{n}': (channels,) for n in names}
+    return shapes | {f'{name}.num_batches_tracked': ()}
+
+
+def block(name: str, after: int, before: int, size: int = 3) -> dict:
+    """A ConvModule with norm."""
+    return conv(f'{name}.conv', after, before, size, bias=False) | norm(
+        f'{name}.bn', after
+    )
+
+
+def involution(name: str, channels: int = 256) -> dict:
+    return {
+        **conv(f'{name}.conv1.conv', channels // 4, channels, 1, bias=False),
+        **norm(f'{name}.conv1.bn', channels // 4),
+        **conv(f'{name}.conv2.conv', 49 * channels // 16, channels // 4, 1),
+    }
+
+
+def linear(name: str, after: int, before: int) -> dict:
+    return {f'{name}.weight': (after, before), f'{name}.bias': (after,)}
+
+
+def merge(parts: Iterator[dict]) -> dict:
+    return {name: shape for part in parts for name, shape in part.items()}
+
+
+LEVELS = (256, 512, 1024, 2048)
+
+
+def fpn(inv: bool, levels=LEVELS, extra: bool = False) -> dict:
+    out = [
+        involution(f'neck.fpn_convs.{i}')
+        if inv
+        else conv(f'neck.fpn_convs.{i}.conv', 256, 256)
+        for i in range(len(levels))
+    ]
+    if extra:
+        out += [
+            conv(f'neck.fpn_convs.{3 + i}.conv', 256, c)
+            for i, c in ((0, 2048), (1, 256))
+        ]
+    laterals = [
+        conv(f'neck.lateral_convs.{i}.conv', 256, c, 1) for i, c in enumerate(levels)
+    ]
+    return merge([*laterals, *out])
+
+
+def faster_rcnn(inv_neck: bool, inv_head: bool) -> dict:
+    rpn = 'rpn_head.rpn_'
+    box = 'roi_head.bbox_head.'
+    return {
+        **fpn(inv_neck),
+        **(involution(f'{rpn}conv') if inv_head else conv(f'{rpn}conv', 256, 256)),
+        **conv(f'{rpn}cls', 3, 256, 1),
+        **conv(f'{rpn}reg', 12, 256, 1),
+        **linear(f'{box}shared_fcs.0', 1024, 256 * 49),
+        **linear(f'{box}shared_fcs.1', 1024, 1024),
+        **linear(f'{box}fc_cls', 81, 1024),
+        **linear(f'{box}fc_reg', 320, 1024),
+    }
+
+
+def mask_rcnn(inv_neck: bool, inv_head: bool) -> dict:
+    mask = 'roi_head.mask_head.'
+    convs = [
+        involution(f'{mask}convs.{i}.0')
+        if inv_head
+        else conv(f'{mask}convs.{i}.conv', 256, 256)
+        for i in range(4)
+    ]
+    return {
+        **faster_rcnn(inv_neck, inv_head),
+        **merge(convs),
+        **conv(f'{mask}upsample', 256, 256, 2),
+        **conv(f'{mask}conv_logits', 80, 256, 1),
+    }
+
+
+def retinanet(inv_neck: bool) -> dict:
+    towers = [
+        conv(f'bbox_head.{tower}_convs.{i}.conv', 256, 256)
+        for tower in ('cls', 'reg')
+        for i in range(4)
+    ]
+    return {
+        **fpn(inv_neck, LEVELS[1:], extra=True),
+        **merge(towers),
+        **conv('bbox_head.retina_cls', 720, 256),
+        **conv('bbox_head.retina_reg', 36, 256),
+    }
+
+
+def semantic_fpn(inv_neck: bool) -> dict:
+    places = ('0.0', '1.0', '2.0', '2.2', '3.0', '3.2', '3.4')
+    heads = [
+        block(f'decode_head.scale_heads.{p}', 128, 256 if p[-1] == '0' else 128)
+        for p in places
+    ]
+    return {
+        **fpn(inv_neck),
+        **merge(heads),
+        **conv('decode_head.conv_seg', 19, 128, 1),
+    }
+
+
+def upernet() -> dict:
+    head = 'decode_head.'
+    return {
+        **merge(block(f'{head}psp_modules.{i}.1', 512, 2048, 1) for i in range(4)),
+        **block(f'{head}bottleneck', 512, 2048 + 4 * 512),
+        **merge(block(f'{head}lateral_convs.{i}', 512, LEVELS[i], 1) for i in range(3)),
+        **merge(block(f'{head}fpn_convs.{i}', 512, 512) for i in range(3)),
+        **block(f'{head}fpn_bottleneck', 512, 2048),
+        **conv(f'{head}conv_seg', 19, 512, 1),
+        **block('auxiliary_head.convs.0', 256, 1024),
+        **conv('auxiliary_head.conv_seg', 19, 256, 1),
+    }
+
+
+INVOLUTION_NECK = {'model.neck.type': 'InvolutionFPN'}
+INVOLUTION_HEAD = {'model.rpn_head.type': 'InvolutionRPNHead'}
+
+
+@pytest.mark.parametrize(
+    'name, options, shapes',
+    [
+        ('coco/faster-rcnn_rednet50_fpn_1x_coco', {}, faster_rcnn(False, False)),
+        (
+            'coco/mask-rcnn_rednet50_fpn_1x_coco',
+            {
+                **INVOLUTION_NECK,
+                **INVOLUTION_HEAD,
+                'model.roi_head.mask_head.type': 'InvolutionFCNMaskHead',
+            },
+            mask_rcnn(True, True),
+        ),
+        ('coco/retinanet_rednet50_fpn_1x_coco', INVOLUTION_NECK, retinanet(True)),
+        (
+            'cityscapes/fpn_rednet50_4xb2-80k_cityscapes-512x1024',
+            INVOLUTION_NECK,
+            semantic_fpn(True),
+        ),
+        ('cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024', {}, upernet()),
+    ],
+)
+def test_models_of_the_paper_take_the_official_names(name, options, shapes):
+    """The names that mmdet 2.x and mmseg 0.x give to all but the backbone."""
+    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
+    cfg.merge_from_dict(options)
+    init_default_scope(cfg.default_scope)
+    model = MODELS.build(cfg.model)
+    backbone = RedNet(50, stem_kernel_size=7).state_dict()
+    shapes = shapes | {f'backbone.{n}': tuple(v.shape) for n, v in backbone.items()}
+    # One number each, however large: only names and shapes matter here.
+    weights = {n: torch.tensor(0.5).expand(shape) for n, shape in shapes.items()}
+    assert load_strictly(model, weights, '') == 0
+    assert all(p.eq(0.5).all() for p in model.parameters())
+
+    part = next(iter(shapes))
+    with pytest.raises(UserError, match=f'1 missing:\n  {part}'):
+        load_strictly(model, {n: v for n, v in weights.items() if n != part}, '')
+
+
+# ------------------------------------------------------------------------------ publish
+
+
+def trained(weights: Weights) -> dict:
+    """As MMEngine saves, with what does not load in any program."""
+    return dict(
+        meta=dict(
+            epoch=12,
+            mmengine_version='0.10.7',
+            cfg='model = ...',
+            seed=np.int64(5),
+            dataset_meta=dict(
+                classes=('a', 'b'), palette=np.array([[1, 2, 3]]), label_map={0: 1}
+            ),
+        ),
+        state_dict=OrderedDict(weights),
+        optimizer=dict(state={0: torch.rand(3)}),
+        param_schedulers=[dict(last_step=3)],
+        message_hub=dict(runtime_info=dict(iter=3)),
+    )
+
+
+def published(folder: Path) -> Path:
+    (path,) = folder.glob('small-*.pth')
+    assert re.fullmatch(r'small-[0-9a-f]{8}\.pth', path.name)
+    assert digest(path).startswith(path.stem[-8:])
+    return path
+
+
+@pytest.mark.parametrize('name', ['small', 'small.pth'])
+def test_publish(name, weights, tool, tmp_path, capsys):
+    torch.save(trained(weights), tmp_path / 'epoch_12.pth')
+    for _ in range(2):  # the second time there is nothing to do
+        assert tool(PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / name) == ''
+    path = published(tmp_path)
+    result = load_anywhere(path)
+    assert same(result['state_dict'], weights)
+    assert result.keys() == {'meta', 'state_dict'}
+    meta = result['meta']
+    assert meta.pop('mmcls_involution_version')
+    assert meta == dict(
+        epoch=12,
+        mmengine_version='0.10.7',
+        cfg='model = ...',
+        seed=5,
+        dataset_meta=dict(
+            classes=('a', 'b'), palette=[[1, 2, 3]], label_map={0: 1}
+        ),
+    )  # fmt: skip
+    output = capsys.readouterr().out
+    assert digest(path) in output
+    assert 'left out: message_hub, optimizer, param_schedulers' in output
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_publish_a_bare_state_dict(weights, tool, tmp_path):
+    torch.save(renamed(weights, '', 'module.'), tmp_path / 'bare.pth')
+    assert tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
+    assert same(load_anywhere(published(tmp_path))['state_dict'], weights)
+
+
+@pytest.fixture
+def averaged(tmp_path) -> tuple[Path, Weights, Weights]:
+    """A checkpoint that EMAHook wrote; the averaged weights and the trained ones."""
+    from mmengine.hooks import EMAHook
+    from mmengine.runner import Runner
+
+    model = torch.nn.Linear(2, 1)
+    runner = Runner.__new__(Runner)
+    runner.model = model
+    hook = EMAHook(momentum=0.5)
+    hook.before_run(runner)
+    with torch.no_grad():
+        model.weight += 1
+    hook.ema_model.update_parameters(model)
+    with torch.no_grad():
+        model.weight += 1
+    hook.ema_model.update_parameters(model)
+    trained = {n: v.clone() for n, v in model.state_dict().items()}
+    average = {n: v.clone() for n, v in hook.ema_model.module.state_dict().items()}
+    checkpoint = dict(meta={}, state_dict=model.state_dict())
+    hook.before_save_checkpoint(runner, checkpoint)
+    torch.save(checkpoint, tmp_path / 'ema.pth')
+    assert not same(trained, average)
+    return tmp_path / 'ema.pth', average, trained
+
+
+def test_publish_averaged_weights(averaged, tool, tmp_path):
+    file, average, _ = averaged
+    assert tool(PUBLISHER, file, tmp_path / 'small') == ''
+    assert same(load_anywhere(published(tmp_path))['state_dict'], average)
+
+
+def test_publish_weights_that_are_not_averaged(averaged, tool, tmp_path):
+    file, _, trained = averaged
+    assert tool(PUBLISHER, file, tmp_path / 'small', '--no-ema') == ''
+    assert same(load_anywhere(published(tmp_path))['state_dict'], trained)
+
+
+def test_no_ema_needs_ema(weights, tool, tmp_path):
+    torch.save(trained(weights), tmp_path / 'epoch_12.pth')
+    message = tool(PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / 'small', '--no-ema')
+    assert 'has no ema_state_dict' in message
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_publish_overwrites_no_other_file(weights, tool, tmp_path):
+    torch.save(weights, tmp_path / 'bare.pth')
+    assert tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
+    path = published(tmp_path)
+    path.write_text('damaged')
+    message = tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small')
+    assert 'exists and is another file' in message
+    assert path.read_text() == 'damaged'
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_publish_refuses_code(weights, tool, tmp_path):
+    torch.save(dict(state_dict=weights, meta=Bomb()), tmp_path / 'bad.pth')
+    assert 'Refused to load' in tool(PUBLISHER, tmp_path / 'bad.pth', tmp_path / 'x')
+    assert len(list(tmp_path.iterdir())) == 1
