@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# The old name of dist.sh train, for one release.
+exec bash "$(dirname "$0")/dist.sh" train "$@"
