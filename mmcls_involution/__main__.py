@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from importlib import import_module
+from types import ModuleType
 
 from mmcls_involution import compat
 
-# name -> module whose main() it is, what it does
+# name -> module with add_arguments(parser) and main(args), what it does
 COMMANDS = {
     'train': ('engine.train', 'train the model of a config'),
     'test': ('engine.test', 'test a checkpoint: metrics, predictions, pictures'),
@@ -41,14 +43,25 @@ def run(name: str) -> None:
             '`python -m mmcls_involution.doctor` checks the installation'
         )
     with one_message_per_error():
-        import_module(module).main()
+        command = import_module(module)
+        command.main(parse(command))
+
+
+def parse(command: ModuleType) -> argparse.Namespace:
+    """The arguments in ``sys.argv`` as a command's module understands them."""
+    parser = argparse.ArgumentParser(
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Run the command that the first argument names."""
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         asked = sys.argv[1:2] in (['-h'], ['--help'])
-        lines = [f'  {name:<10}{what}' for name, (_, what) in COMMANDS.items()]
+        lines = [f'  {name:<11}{what}' for name, (_, what) in COMMANDS.items()]
         print(
             'usage: python -m mmcls_involution COMMAND [--help] [ARGUMENTS ...]\n',
             *lines,

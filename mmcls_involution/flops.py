@@ -173,10 +173,7 @@ def _forward(model: nn.Module, image: Tensor) -> None:
             getattr(roi_head, f'{part}_head')(cut_out)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--shape',
@@ -188,12 +185,10 @@ def parse_args() -> argparse.Namespace:
         + ')',
     )
     add_cfg_options(parser)
-    return parser.parse_args()
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``flops``."""
-    args = parse_args()
     cfg = read_config(args.config, args.cfg_options)
     shape = args.shape or SHAPES.get(cfg.default_scope)
     if shape is None:

@@ -90,7 +90,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         prefix = {'': prefix}
     parts = {'data_root': '', 'ann_file': dataset.get('ann_file')}
     parts |= {f'data_prefix.{key}'.rstrip('.'): part for key, part in prefix.items()}
-    if _downloads(cls, dataset):
+    if dataset.get('download', True) and _can_download(cls):
         parts = {}
     for key, part in parts.items():
         if is_local(dataset, part or root):
@@ -132,12 +132,8 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         yield from _check_heads(cfg, path, classes)
 
 
-def _downloads(cls: type | None, dataset: dict) -> bool:
-    return (
-        cls is not None
-        and dataset.get('download', True)
-        and 'download' in inspect.signature(cls).parameters
-    )
+def _can_download(cls: type | None) -> bool:
+    return cls is not None and 'download' in inspect.signature(cls).parameters
 
 
 def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding]:

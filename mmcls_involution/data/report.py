@@ -40,10 +40,7 @@ def report(found: list[Finding]) -> None:
             print(f'    ... and {len(group) - SHOWN} more')
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--split',
@@ -61,7 +58,6 @@ def parse_args() -> argparse.Namespace:
         help='processes that decode images (default: the number of cores)',
     )
     add_cfg_options(parser)
-    return parser.parse_args()
 
 
 def check(args: argparse.Namespace) -> int:
@@ -97,10 +93,10 @@ def check(args: argparse.Namespace) -> int:
     return len(lines)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``check``."""
     try:
-        number = check(parse_args())
+        number = check(args)
     except KeyboardInterrupt:
         sys.exit('Interrupted: the check is not complete')
     sys.exit(1 if number else 0)

@@ -92,15 +92,11 @@ _RULES = (
     ),
     Rule('box without area', 'not used in training', 'draw it again, or take it out'),
     Rule(
-        'box outside the image',
-        'cut off in training',
-        'the box or the size is wrong',
+        'box outside the image', 'cut off in training', 'the box or the size is wrong'
     ),
     Rule('no mask', 'the config trains masks, and training stops here', 'draw it'),
     Rule(
-        'missing label',
-        'training stops here',
-        'get it again, or take the image away',
+        'missing label', 'training stops here', 'get it again, or take the image away'
     ),
     Rule(
         'missing labelTrainIds',

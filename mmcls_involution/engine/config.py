@@ -34,6 +34,7 @@ LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that training and testing share."""
+    parser.epilog = PRECEDENCE
     parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
     add_cfg_options(parser)
     parser.add_argument(

@@ -18,7 +18,6 @@ from mmengine.logging import print_log
 
 from mmcls_involution.engine.checks import check
 from mmcls_involution.engine.config import (
-    PRECEDENCE,
     add_common_arguments,
     build_runner,
     load_config,
@@ -28,11 +27,7 @@ from mmcls_involution.engine.hooks import WeightsCheck
 from mmcls_involution.weights.files import check_checkpoint
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Test a checkpoint with the config it was trained with.',
-        epilog=PRECEDENCE,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument(
@@ -65,7 +60,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     parser.add_argument('--amp', action='store_true', help='test in mixed precision')
     add_common_arguments(parser)
-    return parser.parse_args()
 
 
 def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
@@ -177,9 +171,8 @@ def use_tta(cfg: Config) -> None:
     dataset.pipeline = cfg.tta_pipeline
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``test``."""
-    args = parse_args()
     cfg = load_config(args)
     check_out(cfg, args)
     apply_flags(cfg, args)

@@ -22,7 +22,6 @@ from mmengine.runner import Runner
 
 from mmcls_involution.engine.checks import check
 from mmcls_involution.engine.config import (
-    PRECEDENCE,
     add_common_arguments,
     build_runner,
     load_config,
@@ -36,10 +35,7 @@ from mmcls_involution.weights.files import (
 )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description='Train the model of a config.', epilog=PRECEDENCE
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--resume',
@@ -62,7 +58,6 @@ def parse_args() -> argparse.Namespace:
         '--no-validate', action='store_true', help='do not evaluate while training'
     )
     add_common_arguments(parser)
-    return parser.parse_args()
 
 
 def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
@@ -149,9 +144,8 @@ def set_aside_checkpoints(runner: Runner) -> None:
     )
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``train``."""
-    args = parse_args()
     cfg = load_config(args)
     apply_flags(cfg, args)
     check(cfg, ('train', 'val'))

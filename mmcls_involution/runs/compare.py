@@ -201,10 +201,7 @@ def draw_band(
     axis.fill_between(xs, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         'work_dirs', nargs='+', type=Path, metavar='WORK_DIR', help='one for each run'
     )
@@ -214,12 +211,10 @@ def parse_args() -> argparse.Namespace:
         default=Path('work_dirs/comparison.png'),
         help='picture to write (default: %(default)s)',
     )
-    return parser.parse_args()
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``compare``."""
-    args = parse_args()
     configs = group([read_run(folder) for folder in args.work_dirs])
     found = {key for runs in configs.values() for run in runs for key in run.scores}
     keys = [key for key in METRICS if key in found]

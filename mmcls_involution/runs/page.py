@@ -100,30 +100,17 @@ SCORES = (
     *('Difference', 'Tolerance', 'Verdict'),
 )
 STYLE = """\
-:root {
-  color-scheme: light dark;
-  --text: #1d2126; --soft: #5b6470; --line: #d9dde2; --back: #fff; --panel: #f4f6f8;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --text: #e4e7eb; --soft: #9aa4b0; --line: #363c44; --back: #15181c;
-    --panel: #1f2429;
-  }
-}
-body { color: var(--text); background: var(--back); max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; font: 16px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; }
+:root { color-scheme: light dark;
+  --line: color-mix(in srgb, currentColor 20%, Canvas); }
+body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere;
+  font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-a { color: inherit; }
 table { border-collapse: collapse; display: block; overflow-x: auto; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; vertical-align: top;
   border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-th { color: var(--soft); font-weight: 500; }
-pre { background: var(--panel); padding: .7rem .9rem; border-radius: 6px;
-  white-space: pre-wrap; }
+pre { border: 1px solid var(--line); padding: .7rem .9rem; white-space: pre-wrap; }
 pre, code { font-size: .85rem; }
-img { max-width: min(100%, 40rem); height: auto; border-radius: 6px;
-  background: #fff; }
+img { max-width: min(100%, 40rem); height: auto; background: #fff; }
 """
 
 

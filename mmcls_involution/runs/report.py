@@ -130,17 +130,13 @@ def describe(job: Job, changed: list[str]) -> dict[str, Any]:
     environments = {
         name: step['environment'] for name, step in steps if 'Example' not in name
     }
-    keys = dict.fromkeys(key for env in environments.values() for key in env)
     table = []
-    for key in keys:
+    for key in dict.fromkeys(key for env in environments.values() for key in env):
         values = {name: env.get(key, 'absent') for name, env in environments.items()}
-        same = len(set(values.values())) == 1
-        value = (
-            [*values.values()][0]
-            if same
-            else '; '.join(f'{name}: {value}' for name, value in values.items())
-        )
-        table.append((key, ' '.join(value.split())))
+        first, *others = dict.fromkeys(values.values())
+        if others:
+            first = '; '.join(f'{name}: {value}' for name, value in values.items())
+        table.append((key, ' '.join(first.split())))
     pictures = sorted(
         file
         for file in (job.folder / 'examples').rglob('*')

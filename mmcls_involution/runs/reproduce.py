@@ -58,10 +58,7 @@ EXAMPLES = 6  # pictures of predictions
 # ------------------------------------------------------------------- command line, jobs
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config file')
     parser.add_argument(
         '--checkpoint',
@@ -85,7 +82,6 @@ def parse_args() -> argparse.Namespace:
         metavar='KEY=VALUE',
         help='settings that override every config, as of train.py',
     )
-    return parser.parse_args()
 
 
 def prepare(args: argparse.Namespace) -> list[Job]:
@@ -311,9 +307,8 @@ def draw_examples(job: Job, checkpoint: str, key: dict, descriptor: int) -> None
     job.remember('examples', key=key, **facts)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``reproduce``."""
-    args = parse_args()
     # `kill` ends us as Ctrl-C does: with the tool that we run.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = prepare(args)

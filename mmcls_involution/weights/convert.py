@@ -42,17 +42,13 @@ from mmcls_involution.weights.fit import Fit, Misfit
 SHOWN = 20  # names per kind of difference
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('src', type=Path, help='official checkpoint')
     parser.add_argument('dst', type=Path, help='file to write')
     parser.add_argument(
         '--config', required=True, help='config of the model that the weights are of'
     )
     parser.add_argument('--overwrite', action='store_true', help='replace DST')
-    return parser.parse_args()
 
 
 def with_prefix(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -198,9 +194,8 @@ def convert(src: Path, dst: Path, cfg: Config) -> None:
     print(f'result  {dst}\n        sha256 {sha256(dst)}')
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``convert``."""
-    args = parse_args()
     check_output(args.dst)
     if args.dst.exists() and not args.overwrite:
         raise UserError(f'{args.dst} exists: name another file, or --overwrite it')

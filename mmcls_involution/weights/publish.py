@@ -27,10 +27,7 @@ from mmcls_involution.weights.files import (
 )
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('in_file', type=Path, help='checkpoint to publish')
     parser.add_argument(
         'out_file', type=Path, help='path and name of the result, without the hash'
@@ -40,7 +37,6 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='of a run with EMAHook, publish the weights that are not averaged',
     )
-    return parser.parse_args()
 
 
 def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
@@ -100,8 +96,7 @@ def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
     return final
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """The command ``publish``."""
-    args = parse_args()
     check_output(args.out_file)
     publish(args.in_file, args.out_file, ema=not args.no_ema)

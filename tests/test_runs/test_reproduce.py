@@ -214,7 +214,7 @@ def test_resumed_training_has_one_log(
     options = ['--cfg-options', 'train_cfg.max_iters=4']
     arguments = [str(segmenter), '--work-dir', str(work), *options]
     monkeypatch.setattr(sys, 'argv', ['reproduce', *arguments])
-    (job,) = tool.prepare(tool.parse_args())
+    (job,) = tool.prepare(commands.parse(tool))
     with tool.lock(job) as descriptor:
         tool.train(job, None, descriptor)
     # As if it had been killed in the fourth iteration, its last checkpoint at 2.
@@ -385,7 +385,7 @@ def test_two_calls_do_not_share_a_work_dir(
 ):
     arguments = [str(segmenter), '--work-dir', str(tmp_path)]
     monkeypatch.setattr(sys, 'argv', ['reproduce', *arguments])
-    (job,) = tool.prepare(tool.parse_args())
+    (job,) = tool.prepare(commands.parse(tool))
     # A training whose parent was killed keeps the lock that it inherited.
     with tool.lock(job) as descriptor:
         child = subprocess.Popen(

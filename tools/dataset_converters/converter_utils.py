@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -117,6 +119,47 @@ def staged_output(out: Path, entries: Collection[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+class CocoSplit:
+    """A split in COCO format, filled image by image.
+
+    Args:
+        classes (Sequence[str]): Names of the categories, which count from 1.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def add_image(self, file_name: str, width: int, height: int) -> None:
+        """Add an image; what is annotated next is on it."""
+        image = dict(file_name=file_name, width=width, height=height)
+        self.images.append(dict(id=len(self.images) + 1, **image))
+
+    def annotate(self, cls: str, box: list[float], area: float, **more: Any) -> None:
+        """Annotate the last image: a box (x, y, width, height), in pixels."""
+        self.annotations.append(
+            dict(
+                id=len(self.annotations) + 1,
+                image_id=len(self.images),
+                category_id=self.classes.index(cls) + 1,
+                bbox=box,
+                area=area,
+                iscrowd=0,
+                **more,
+            )
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the annotation file, making its folder."""
+        categories = [dict(id=i, name=cls) for i, cls in enumerate(self.classes, 1)]
+        content = dict(
+            images=self.images, annotations=self.annotations, categories=categories
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
 
 
 def run_converter(
