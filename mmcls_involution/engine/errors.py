@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
+import functools
 import inspect
 import pickle
 import re
@@ -12,9 +13,9 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
-from unittest.mock import patch
 
 import torch
+from mmengine.config import Config
 from mmengine.model import weight_init
 from mmengine.registry import Registry
 
@@ -70,39 +71,34 @@ def _builds_on_record() -> Iterator[None]:
     The innermost one; the exception itself stays what it is, for those who catch it.
     """
 
-    def noting(build: Callable[..., Any], registry_of: Callable) -> Callable[..., Any]:
+    def noting(build: Callable[..., Any], registry_first: bool) -> Callable[..., Any]:
+        @functools.wraps(build)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             try:
                 return build(*args, **kwargs)
             except CAUSED_BY_CONFIG as error:
                 if not hasattr(error, 'explanation'):
-                    error.explanation = _explain_build(error, *registry_of(*args))
+                    first, second = args[:2] if registry_first else args[1::-1]
+                    error.explanation = _explain_build(error, first, second)
                 raise
 
         return wrapper
 
-    with (
-        patch.object(
-            Registry,
-            'build',
-            noting(Registry.build, lambda registry, cfg, *_: (registry, cfg)),
-        ),
-        patch.object(  # MMEngine builds these without Registry.build
-            weight_init,
-            'build_from_cfg',
-            noting(
-                weight_init.build_from_cfg, lambda cfg, registry, *_: (registry, cfg)
-            ),
-        ),
-    ):
+    stock = Registry.build, weight_init.build_from_cfg
+    Registry.build = noting(Registry.build, registry_first=True)
+    # MMEngine builds initializers without Registry.build.
+    weight_init.build_from_cfg = noting(stock[1], registry_first=False)
+    try:
         yield
+    finally:
+        Registry.build, weight_init.build_from_cfg = stock
 
 
 def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None:
     """A message for an error that building ``cfg`` from ``registry`` has raised."""
-    if not isinstance(cfg, dict) or 'type' not in cfg:
+    if not isinstance(cfg, dict | Config):
         return None
-    kind = built = cfg['type']
+    kind = built = cfg.get('type', cfg.get('runner_type'))
     with registry.switch_scope_and_registry(cfg.get('_scope_')) as registry:
         if isinstance(kind, str):
             built = registry.get(kind)
