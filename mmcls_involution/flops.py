@@ -174,6 +174,7 @@ def _forward(model: nn.Module, image: Tensor) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--shape',

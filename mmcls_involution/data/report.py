@@ -31,9 +31,8 @@ def report(found: list[Finding]) -> None:
     for finding in found:
         groups[finding.rule].append(finding)
     for name in sorted(groups, key=list(RULES).index):
-        group, rule = groups[name], RULES[name]
-        what_to_do = '; '.join(filter(None, (rule.wrong, rule.fix)))
-        print(f'  {name}: {len(group)} ({what_to_do})')
+        group = groups[name]
+        print(f'  {name}: {len(group)} ({RULES[name].fix})')
         for finding in group[:SHOWN]:
             print(f'    {finding}')
         if len(group) > SHOWN:
@@ -41,6 +40,7 @@ def report(found: list[Finding]) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--split',

@@ -1,5 +1,6 @@
-"""Every rule about data, once: its name, what is wrong, what to do, and when it is
-looked for. The checks give a :class:`Finding` for each place where one is broken.
+"""Every rule about data, once: what is wrong, what to do, when it is looked for.
+
+The checks give a :class:`Finding` for each place where one is broken.
 """
 
 from __future__ import annotations
@@ -15,111 +16,73 @@ class Rule:
     """Something that data must not be.
 
     Args:
-        name (str): What the report calls it.
-        wrong (str): Why it matters, where the name does not say it.
-        fix (str): What to do about it.
+        name (str): What is wrong, as the report calls it.
+        fix (str): What it leads to where that is not plain, and what to do about it.
         quick (bool): Whether it is looked for before each run too, and stops it.
             Defaults to False: only the full check looks for it.
     """
 
     name: str
-    wrong: str
     fix: str
     quick: bool = False
 
 
 # In the order of the report.
 _RULES = (
-    Rule('missing path', 'the config names it', 'put it there, or name it', quick=True),
-    Rule(
-        'classes as text',
-        'each letter would be a class',
-        "write a single one classes=('NAME',), with a comma",
-        quick=True,
-    ),
-    Rule(
-        'no COCO file',
-        '',
-        'write it anew: an object with the lists images, annotations and categories',
-        quick=True,
-    ),
+    Rule('missing path', 'put it there, or name its place', quick=True),
+    Rule('classes as text', "write a single one ('NAME',), with a comma", quick=True),
+    Rule('no COCO file', 'write it anew, in its format', quick=True),
     Rule(
         'classes',
-        '',
         'set metainfo.classes to these, or to some of them in the same order, and '
         'num_classes of the heads to their number',
         quick=True,
     ),
     Rule(
         'image folder',
-        '',
         'set data_prefix=dict(img=...) to the folder of the photos, relative to '
         'data_root',
         quick=True,
     ),
     Rule(
         'number of classes',
-        '',
         'make them equal: set num_classes of the head, or metainfo.classes of the '
         'data set',
         quick=True,
     ),
-    Rule('other annotations', 'the metrics would be wrong', 'set both', quick=True),
+    Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
     Rule(
         'malformed entry',
-        'the annotation file must give it in its format',
-        'write it anew',
+        'the annotation file must give it in its format; write it anew',
     ),
-    Rule('missing image', '', 'get it again, or take it out of the annotations'),
-    Rule('undecodable image', 'damaged', 'get it again'),
+    Rule('missing image', 'get it again, or take it out of the annotations'),
+    Rule('undecodable image', 'damaged: get it again'),
     Rule(
         'image size',
         'the annotations are of another image, or it was resized or turned',
-        'take the one that belongs to the other',
     ),
     Rule(
-        'duplicate',
-        'training stops, or the later one hides the first',
-        'make it unique',
+        'duplicate', 'must be unique: training stops, or the later one hides the first'
     ),
-    Rule(
-        'unknown image',
-        'the annotation belongs to no image and is not used',
-        'add the image, or take it out',
-    ),
-    Rule(
-        'unknown category', 'its boxes are not used', 'set metainfo.classes to name it'
-    ),
-    Rule('box without area', 'not used in training', 'draw it again, or take it out'),
-    Rule(
-        'box outside the image', 'cut off in training', 'the box or the size is wrong'
-    ),
-    Rule('no mask', 'the config trains masks, and training stops here', 'draw it'),
-    Rule(
-        'missing label', 'training stops here', 'get it again, or take the image away'
-    ),
+    Rule('unknown image', 'the annotation belongs to no image and is not used'),
+    Rule('unknown category', 'its boxes are not used; set metainfo.classes to name it'),
+    Rule('box without area', 'not used in training; draw it again, or take it out'),
+    Rule('box outside the image', 'cut off in training; the box or the size is wrong'),
+    Rule('no mask', 'the config trains masks, and training stops here; draw it'),
+    Rule('missing label', 'training stops here; get it again, or take the image away'),
     Rule(
         'missing labelTrainIds',
-        '',
         'make them: pip install cityscapesscripts; python $(python -c "import mmseg; '
         'print(mmseg.__path__[0])")/.mim/tools/dataset_converters/cityscapes.py '
         'data/cityscapes --nproc 8',
     ),
-    Rule('undecodable label', 'damaged, or no label map', 'get it again'),
+    Rule('undecodable label', 'damaged, or no label map: get it again'),
+    Rule('label size', 'the label is of another image, or one of them was resized'),
     Rule(
-        'label size',
-        'the label is of another image, or one of them was resized',
-        'make it anew',
+        'label value', 'number the classes from 0 to their number - 1; 255 is ignored'
     ),
     Rule(
-        'label value',
-        '',
-        'number the classes from 0 to their number - 1; 255 is ignored',
-    ),
-    Rule(
-        'empty class folder',
-        'a class without images',
-        'get them again, or merge classes',
+        'empty class folder', 'a class without images; get them again, or merge classes'
     ),
 )
 RULES = {rule.name: rule for rule in _RULES}

@@ -27,7 +27,9 @@ PRECEDENCE = (
 )
 PACKAGE = Path(__file__).resolve().parents[1]
 # The folder that holds configs: the checkout, or what an installation has of it.
-ROOT = PACKAGE.parent if (PACKAGE.parent / 'configs').is_dir() else PACKAGE / '.mim'
+ROOT = PACKAGE.parent
+if not (ROOT / 'configs' / 'paper.yml').is_file():
+    ROOT = PACKAGE / '.mim'
 # default_scope -> what pip installs for it
 LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
 

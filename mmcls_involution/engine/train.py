@@ -36,6 +36,7 @@ from mmcls_involution.weights.files import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument('config', help='config file')
     parser.add_argument(
         '--resume',

@@ -202,6 +202,7 @@ def draw_band(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument(
         'work_dirs', nargs='+', type=Path, metavar='WORK_DIR', help='one for each run'
     )

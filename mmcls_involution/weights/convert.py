@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+from collections import Counter
 from pathlib import Path
 
 from mmengine.config import Config
@@ -43,6 +44,7 @@ SHOWN = 20  # names per kind of difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument('src', type=Path, help='official checkpoint')
     parser.add_argument('dst', type=Path, help='file to write')
     parser.add_argument(
@@ -62,11 +64,11 @@ def describe(weights: dict[str, Tensor]) -> str:
     """Say which RedNet the weights are of, and which parts of a model they fill."""
     from mmcls_involution.models import RedNet
 
-    blocks = {match[1]: 0 for match in _blocks(weights)}
-    for match in _blocks(weights):
-        blocks[match[1]] = max(blocks[match[1]], int(match[2]) + 1)
+    names = (re.match(r'backbone\.layer(\d)\.(\d+)\.', name) for name in weights)
+    blocks = {match.groups() for match in names if match}
+    numbers = Counter(stage for stage, _ in blocks)
     sizes = {stages: depth for depth, stages in RedNet.arch_settings.items()}
-    depth = sizes.get(tuple(blocks[stage] for stage in sorted(blocks)), '?')
+    depth = sizes.get(tuple(numbers[stage] for stage in sorted(numbers)), '?')
     kernel, stem = '?', 'backbone.stem.1.conv{}.conv.weight'
     if {stem.format(1), stem.format(2)} <= weights.keys():
         # K*K elements for each group of 16 channels
@@ -74,11 +76,6 @@ def describe(weights: dict[str, Tensor]) -> str:
         kernel = round((weights[stem.format(2)].size(0) * 16 / channels) ** 0.5)
     parts = dict.fromkeys(name.split('.')[0] for name in weights)
     return f'RedNet-{depth}, stem_kernel_size {kernel}; {", ".join(parts)}'
-
-
-def _blocks(weights: dict[str, Tensor]) -> list[re.Match]:
-    found = (re.match(r'backbone\.layer(\d)\.(\d+)\.', name) for name in weights)
-    return [match for match in found if match]
 
 
 def load_strictly(model: nn.Module, weights: dict[str, Tensor], prefix: str) -> int:

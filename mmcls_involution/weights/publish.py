@@ -28,6 +28,7 @@ from mmcls_involution.weights.files import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
     parser.add_argument('in_file', type=Path, help='checkpoint to publish')
     parser.add_argument(
         'out_file', type=Path, help='path and name of the result, without the hash'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from mmengine.config import Config
 from mmengine.registry import Registry
 
 from mmcls_involution.engine.errors import UserError, one_message_per_error
@@ -31,13 +32,12 @@ class Branch:
             self.leaf = None
 
 
-def message_of(error: Exception | dict) -> str:
+def message_of(error: Exception | dict | Config) -> str:
     """The message that an error, or what building a config raises, ends with."""
     with pytest.raises(SystemExit) as end, one_message_per_error():
-        if isinstance(error, dict):
-            PARTS.build(error)
-        else:
+        if isinstance(error, Exception):
             raise error
+        PARTS.build(error)
     return str(end.value)
 
 
@@ -56,6 +56,11 @@ def test_the_innermost_part_is_named():
     assert message_of(wrong) == (
         "Error: Leaf has no argument 'siz'. Did you mean size?"
     )
+
+
+def test_a_whole_config_is_explained_too():
+    cfg = Config(dict(type='Leaf', size=-1))
+    assert 'Cannot build Leaf from the config: ValueError' in message_of(cfg)
 
 
 def test_those_who_catch_an_error_still_do():
