@@ -28,11 +28,16 @@ class Fit:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = tensors
-        self._versions = {name: value._version for name, value in tensors.items()}
+        # Tensors that were made in torch's inference mode have no counter.
+        self._versions = {
+            name: value._version
+            for name, value in tensors.items()
+            if not value.is_inference()
+        }
 
     @property
     def empty(self) -> list[str]:
-        """Names of the tensors that have not been filled."""
+        """Names of the tensors that have not been filled, as far as can be known."""
         return [n for n, v in self._versions.items() if self.tensors[n]._version == v]
 
     def differences(
@@ -48,7 +53,8 @@ class Fit:
             tuple: Names that are missing, those that the model does not have, and
             those of another shape.
         """
-        empty = self.empty
+        filled = self._versions.keys() - self.empty
+        empty = [name for name in self.tensors if name not in filled]
         return (
             [name for name in empty if name not in weights],
             [name for name in weights if name not in self.tensors],
