@@ -14,19 +14,16 @@ import argparse
 import json
 import os
 import re
-import subprocess
 import sys
 import time
-from collections import deque
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
 from mmengine.config import Config
 
 from mmcls_involution import compat
+from mmcls_involution.runs.commands import StepError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path('configs/demo/mask-rcnn_rednet26-slim_fpn_shapes.py')  # from ROOT
@@ -45,10 +42,6 @@ What to try next
     and compare with its ResNet-50 twin, configs/bccd/faster-rcnn_r50_fpn_bccd.py
   - your own data: the top of configs/_base_/datasets/bccd_detection.py says how
   - the tests: make test"""
-
-
-class StepError(Exception):
-    """A tool that the demo runs has failed; the message has its last lines."""
 
 
 def run_tool(name: str, *args: object) -> None:
@@ -76,42 +69,6 @@ def run_tool(name: str, *args: object) -> None:
 
     command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
     run_command(f'tools/{name}', command, show, env=env)
-
-
-def run_command(
-    name: str, command: list[str], show: Callable[[str], None], **options: Any
-) -> None:
-    """Run a command, handing on each line that it prints; end it if we are ended.
-
-    Args:
-        name (str): What to call it, should it fail.
-        command (list[str]): Program and arguments.
-        show (Callable): Called with each line of its output, as it comes.
-        **options: For ``subprocess.Popen``.
-
-    Raises:
-        StepError: If it fails.
-    """
-    tail: deque[str] = deque(maxlen=20)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    try:
-        for line in process.stdout:
-            tail.append(line)
-            show(line)
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if code:
-        how = 'failed' if code > 0 else f'was ended by signal {-code}'
-        raise StepError(f'{name} {how}:\n\n{"".join(tail)}')
 
 
 def summarize(line: str) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import re
 import sys
 from collections import Counter
@@ -16,6 +15,7 @@ from mmengine.config import Config
 from modelindex.load_model_index import load
 
 import mmcls_involution.models  # noqa: F401
+from mmcls_involution.flops import build_model, measure
 from mmcls_involution.models import model_hub
 
 ROOT = Path(__file__).parents[2]
@@ -64,15 +64,10 @@ def figures(name: str) -> tuple[int, int, str]:
     """Parameters, FLOPs and where they come from, as they should be."""
     if paper := PAPER.get(name):
         return round(paper['params'] * 1e6), round(paper['flops'] * 1e9), 'paper'
-    sys.path.insert(0, str(ROOT / 'tools' / 'analysis_tools'))
-    try:
-        get_flops = importlib.import_module('get_flops')
-    finally:
-        sys.path.pop(0)
     shape = map(int, MODELS[name].metadata.data['Input Shape'].split('x'))
     with torch.device('meta'):  # initializes nothing
-        model = get_flops.build_model(read(name))
-    whole = get_flops.measure(model, tuple(shape))['']
+        model = build_model(read(name))
+    whole = measure(model, tuple(shape))['']
     return whole.trained, whole.flops, 'this package'
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cv2
 import pytest
 import torch
 
@@ -92,35 +91,6 @@ def test_model(model_run):
         ratio = float(row['RedNet ms']) / float(row['ResNet ms'])
         assert float(row['time ratio']) == pytest.approx(ratio)
         assert float(row['memory ratio']) > 0
-
-
-def test_growth_is_plotted(operator_run, model_run, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    plot_growth = importlib.import_module('plot_growth')
-    picture = tmp_path / 'growth.png'
-    files = ['--op', operator_run[1], '--model', model_run[1], '--out', picture]
-    monkeypatch.setattr(sys, 'argv', ['plot_growth.py', *map(str, files)])
-    plot_growth.main()
-    assert cv2.imread(str(picture)).std() > 10
-    curves = plot_growth.involutions(operator_run[1])
-    rows = [r for r in read(operator_run[1]) if r['candidate'] == 'fused']
-    small = [r for r in rows if r['image'] == '1x32x32']
-    time, memory = curves['fused'][32 * 32 / 1e6]
-    assert memory == max(float(r['peak_memory_mb']) for r in small)
-    steps = [
-        int(r['layers']) * (float(r['forward_ms']) + float(r['backward_ms']))
-        for r in small
-    ]
-    assert time == pytest.approx(sum(steps))
-    assert set(plot_growth.networks(model_run[1])) == {'RedNet', 'ResNet'}
-
-
-def test_growth_without_figures(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    plot_growth = importlib.import_module('plot_growth')
-    monkeypatch.setattr(sys, 'argv', ['plot_growth.py', '--op', str(tmp_path / 'a')])
-    with pytest.raises(SystemExit, match='a is not there: run the benchmark'):
-        plot_growth.main()
 
 
 CUDA_AS_CPP = r"""

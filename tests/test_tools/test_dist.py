@@ -94,7 +94,7 @@ def test_two_processes_train_as_one(seg_root, tmp_path):
         'sync_bn=torch',  # there is none on the CPU
     ]
     result = run(
-        'dist_train.sh', config, '2', *flags, 'train_cfg.max_iters=3',
+        'dist.sh', 'train', config, '2', *flags, 'train_cfg.max_iters=3',
         PORT=free_port(), **data,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
@@ -103,7 +103,7 @@ def test_two_processes_train_as_one(seg_root, tmp_path):
 
     def machine(rank: str) -> subprocess.CompletedProcess:
         nodes = dict(NNODES='2', NODE_RANK=rank, PORT=port)
-        return run('dist_train.sh', config, '1', '--resume', *flags, **nodes, **data)
+        return run('dist.sh', 'train', config, '1', *flags, '--resume', **nodes, **data)
 
     port = free_port()
     with ThreadPoolExecutor() as pool:
@@ -174,6 +174,7 @@ def fake_bin(tmp_path) -> str:
 @pytest.mark.parametrize(
     ('script', 'arguments', 'tool'),
     [
+        ('dist.sh train', ['c.py', '8'], [TOOLS / 'train.py', 'c.py']),
         ('dist_train.sh', ['c.py', '8'], [TOOLS / 'train.py', 'c.py']),
         ('dist_test.sh', ['c.py', 'a.pth', '8'], [TOOLS / 'test.py', 'c.py', 'a.pth']),
     ],
@@ -181,7 +182,7 @@ def fake_bin(tmp_path) -> str:
 def test_several_machines(script, arguments, tool, fake_bin):
     flags = ['--cfg-options', 'a=b c']
     env = dict(NNODES='2', NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='1234')
-    result = run(script, *arguments, *flags, bin=fake_bin, **env)
+    result = run(*script.split(), *arguments, *flags, bin=fake_bin, **env)
     assert result.stdout.splitlines() == [
         '-m', 'torch.distributed.run', '--nnodes=2', '--node_rank=1',
         '--master_addr=10.0.0.1', '--master_port=1234', '--nproc_per_node=8',

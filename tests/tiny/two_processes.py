@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import json
-import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
+from mmcls_involution import __main__ as commands
 from mmcls_involution import compat
 
 compat.apply()
@@ -34,14 +34,13 @@ from mmpretrain.structures import DataSample  # noqa: E402
 from mmcls_involution.models.backbones.rednet import Bottleneck  # noqa: E402
 
 TINY = Path(__file__).parent
-TOOLS = TINY.parents[1] / 'tools'
 STEPS = 3
 
 
 def train(config: str, folder: Path, *arguments: str) -> None:
-    """Run tools/train.py in this process."""
-    sys.argv = ['train.py', str(TINY / config), '--work-dir', str(folder), *arguments]
-    runpy.run_path(str(TOOLS / 'train.py'), run_name='__main__')
+    """Train in this process."""
+    sys.argv = ['train', str(TINY / config), '--work-dir', str(folder), *arguments]
+    commands.run('train')
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def classifier() -> Config:
 
 
 def ddp(model: nn.Module, **kwargs: bool) -> nn.Module:
-    # As preflight.py has it.
+    # As engine/config.py has it.
     return MMDistributedDataParallel(model, broadcast_buffers=False, **kwargs)
 
 
@@ -112,7 +111,6 @@ def compare(wrap: Callable[[nn.Module], nn.Module], options: dict) -> dict:
 
 
 def main(folder: Path) -> None:
-    sys.path.insert(0, str(TOOLS))
     # torchrun's variables do not make a run distributed; --launcher does.
     if int(torch.distributed.get_node_local_rank()) == 0:
         train('classifier_parity.py', folder / 'one')

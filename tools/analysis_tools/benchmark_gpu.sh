@@ -4,8 +4,7 @@
 #     [PYTHON=python] [OUT=work_dirs/gpu] tools/analysis_tools/benchmark_gpu.sh
 #
 # Needs torch for CUDA with its Triton, and one NVIDIA GPU of 80 GB; CuPy for the plain
-# CUDA kernels; MMEngine, MMCV (mmcv-lite will do), MMPretrain for the networks;
-# matplotlib.
+# CUDA kernels; MMEngine, MMCV (mmcv-lite will do), MMPretrain for the networks.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-python}
@@ -35,8 +34,6 @@ $PYTHON $TOOLS/benchmark_op.py --device cuda --image $growth --dtype bf16 \
   --backend triton --channels-last --out "$OUT/growth_op.csv" 2>&1 | tee "$OUT/growth_op.txt"
 $PYTHON $TOOLS/benchmark_model.py --device cuda --amp --rounds 20 --treatment eager \
   --shape ${growth//8x/8x3x} --out "$OUT/growth_model.csv" 2>&1 | tee "$OUT/growth_model.txt"
-$PYTHON $TOOLS/plot_growth.py --op "$OUT/growth_op.csv" --model "$OUT/growth_model.csv" \
-  --out "$OUT/growth.png"
 echo "Written: $OUT"
 [ $failed = 0 ] || echo "The tests failed: see $OUT/tests.txt"
 exit $failed

@@ -15,17 +15,11 @@ import copy
 from pathlib import Path
 
 import torch
-from benchmark_utils import (
-    console,
-    describe_machine,
-    peak_memory,
-    print_table,
-    time_in_turns,
-    write_csv,
-)
+from benchmark_utils import describe_machine, peak_memory, time_in_turns, write_csv
 from mmcv.cnn import fuse_conv_bn
 
 from mmcls_involution import compat
+from mmcls_involution.console import console, print_table
 from mmcls_involution.models import RedNet
 
 TREATMENTS = ('eager', 'fused', 'channels_last')

@@ -23,16 +23,15 @@ import one_thread_per_output
 import torch
 import torch.nn.functional as F
 from benchmark_utils import (
-    console,
     copy_bandwidth,
     describe_machine,
     peak_memory,
-    print_table,
     time_in_turns,
     write_csv,
 )
 from torch import Tensor
 
+from mmcls_involution.console import console, print_table
 from mmcls_involution.models import Involution2d, RedNet
 from mmcls_involution.ops import BACKENDS, fused_involution2d, involution2d
 

@@ -13,12 +13,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
-# Where the output is no terminal rich would squeeze tables into 80 columns.
-console = Console(width=None if Console().is_terminal else 140)
+from mmcls_involution.console import console
 
 
 def synchronize(device: str) -> None:
@@ -152,17 +149,6 @@ def describe_machine(device: str) -> str:
     return f'{name}; torch {torch.__version__}, Python {platform.python_version()}'
 
 
-def print_table(title: str, rows: list[dict[str, object]]) -> None:
-    """Print dicts with the same keys as a table."""
-    console.print(f'\n{title}', style='bold', highlight=False)
-    table = Table()
-    for key in rows[0]:
-        table.add_column(str(key), justify='right')
-    for row in rows:
-        table.add_row(*(_format(value) for value in row.values()))
-    console.print(table)
-
-
 def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
     """Write dicts with the same keys to a CSV file, making its folder."""
     rows = list(rows)
@@ -172,7 +158,3 @@ def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     console.print(f'Written: {path}')
-
-
-def _format(value: object) -> str:
-    return f'{value:.3g}' if isinstance(value, float) else str(value)

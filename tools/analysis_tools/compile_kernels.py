@@ -17,9 +17,10 @@ import os
 import re
 from pathlib import Path
 
-from benchmark_utils import console, print_table, write_csv
+from benchmark_utils import write_csv
 from rich.progress import track
 
+from mmcls_involution.console import console, print_table
 from mmcls_involution.ops.triton import block_channels, span_blocks
 
 NAMES = (

@@ -3,9 +3,10 @@
     python tools/analysis_tools/paper_table.py
 
 Builds the model of every config in configs/paper.yml and prints its figures beside the
-paper's, counted as its authors did (get_flops.py says how), and the multiply-adds of
-convolutions and involutions alone, which is what most tools count today. Ends with an
-error where parameters differ by more than 1 % or FLOPs by more than 3 %.
+paper's, counted as its authors did (mmcls_involution/flops.py says how), and the
+multiply-adds of convolutions and involutions alone, which is what most tools count
+today. Ends with an error where parameters differ by more than 1 % or FLOPs by more than
+3 %.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark_utils import console, print_table
-from get_flops import build_model, measure
 from mmengine.config import Config
 from mmengine.fileio import load
 from rich.progress import track
 
 from mmcls_involution import compat
+from mmcls_involution.console import console, print_table
+from mmcls_involution.flops import build_model, measure
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 TOLERANCES = {'parameters': 0.01, 'flops': 0.03}

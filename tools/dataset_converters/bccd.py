@@ -12,18 +12,19 @@ Example:
 
 from __future__ import annotations
 
-import json
 import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 from converter_utils import (
+    CocoSplit,
     open_download,
-    read_image,
     run_converter,
     staged_output,
 )
 from rich.progress import track
+
+from mmcls_involution.data.images import read_image
 
 CLASSES = ('RBC', 'WBC', 'Platelets')
 SPLITS = ('train', 'val', 'test')
@@ -114,12 +115,11 @@ def convert(src: Path, out: Path) -> None:
         staged_output(out, ('images', 'annotations')) as staging,
     ):
         (staging / 'images').mkdir()
-        (staging / 'annotations').mkdir()
         splits = {split: read_split(root, split) for split in SPLITS}
         seen: dict[str, str] = {}
         for split, names in splits.items():
-            images, annotations, dropped = [], [], []
-            for image_id, name in enumerate(track(names, split), start=1):
+            coco, dropped = CocoSplit(CLASSES), []
+            for name in track(names, split):
                 if name in seen:
                     raise ValueError(
                         f'image {name} is in both the {seen[name]} and the '
@@ -128,40 +128,16 @@ def convert(src: Path, out: Path) -> None:
                 seen[name] = split
                 source = root / 'JPEGImages' / f'{name}.jpg'
                 height, width = read_image(source).shape[:2]
-                images.append(
-                    dict(
-                        id=image_id,
-                        file_name=source.name,
-                        width=width,
-                        height=height,
-                    )
-                )
+                coco.add_image(source.name, width, height)
                 xml = root / 'Annotations' / f'{name}.xml'
                 for cls, box in read_boxes(xml, width, height):
                     if min(box[2:]) <= 0:
                         dropped.append(f'{cls} in {xml.name}: x, y, w, h = {box}')
-                        continue
-                    annotations.append(
-                        dict(
-                            id=len(annotations) + 1,
-                            image_id=image_id,
-                            category_id=CLASSES.index(cls) + 1,
-                            bbox=box,
-                            area=box[2] * box[3],
-                            iscrowd=0,
-                        )
-                    )
+                    else:
+                        coco.annotate(cls, box, box[2] * box[3])
                 shutil.copyfile(source, staging / 'images' / source.name)
-            coco = dict(
-                images=images,
-                annotations=annotations,
-                categories=[
-                    dict(id=i, name=cls) for i, cls in enumerate(CLASSES, start=1)
-                ],
-            )
-            path = staging / 'annotations' / f'{split}.json'
-            path.write_text(json.dumps(coco))
-            print(f'{len(images)} images, {len(annotations)} boxes')
+            coco.write(staging / 'annotations' / f'{split}.json')
+            print(f'{len(coco.images)} images, {len(coco.annotations)} boxes')
             for box in dropped:
                 print(f'dropped a box without area: {box}')
     print(f'Data set is in {out}')

@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -19,12 +18,14 @@ import numpy as np
 from bccd import CLASSES, SPLITS
 from converter_utils import (
     open_download,
-    read_image,
     run_converter,
     staged_output,
     write_image,
 )
 from rich.progress import track
+
+from mmcls_involution.data import coco
+from mmcls_involution.data.images import read_image
 
 SOURCE = 'the output of tools/dataset_converters/bccd.py'
 
@@ -48,8 +49,8 @@ def square_crop(image: np.ndarray, box: list[float]) -> np.ndarray:
     return image[top : top + side, left : left + side]
 
 
-def read_coco(path: Path) -> dict:
-    """Read an annotation file of bccd.py.
+def read_split(path: Path) -> tuple[list[dict], dict[int, list], dict[int, str]]:
+    """Images, their annotations and the classes of an annotation file of bccd.py.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -58,24 +59,24 @@ def read_coco(path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing: expected {SOURCE}')
     try:
-        coco = json.loads(path.read_text())
-        classes = {category['id']: category['name'] for category in coco['categories']}
-        used = {annotation['category_id'] for annotation in coco['annotations']}
-        empty = not (coco['images'] and coco['annotations'])
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(
-            f'{path} is not a COCO annotation file ({error!r}): expected {SOURCE}'
-        ) from error
+        images, annotations, categories = coco.read(path)
+    except coco.NotCoco as error:
+        raise ValueError(f'{error}: expected {SOURCE}') from error
+    classes = {category['id']: category['name'] for category in categories}
+    boxes = defaultdict(list)
+    for annotation in annotations:
+        boxes[annotation.get('image_id')].append(annotation)
+    used = {annotation.get('category_id') for annotation in annotations}
     unknown = sorted(set(classes.values()) - set(CLASSES))
-    unknown += [f'category_id {i}' for i in sorted(used - set(classes))]
+    unknown += [f'category_id {i}' for i in sorted(used - set(classes), key=str)]
     if unknown:
         raise ValueError(
             f'{path} has the unknown class(es) {", ".join(unknown)}: '
             f'expected {", ".join(CLASSES)}'
         )
-    if empty:
-        raise ValueError(f'{path} is empty: it has no image or no box')
-    return coco
+    if not annotations:
+        raise ValueError(f'{path} is empty: it has no box')
+    return images, boxes, classes
 
 
 def convert(src: Path, out: Path) -> None:
@@ -90,15 +91,12 @@ def convert(src: Path, out: Path) -> None:
         staged_output(out, SPLITS) as staging,
     ):
         splits = {
-            split: read_coco(root / 'annotations' / f'{split}.json') for split in SPLITS
+            split: read_split(root / 'annotations' / f'{split}.json')
+            for split in SPLITS
         }
-        for split, coco in splits.items():
-            classes = {c['id']: c['name'] for c in coco['categories']}
-            boxes = defaultdict(list)
-            for annotation in coco['annotations']:
-                boxes[annotation['image_id']].append(annotation)
+        for split, (images, boxes, classes) in splits.items():
             counts: Counter[str] = Counter()
-            for info in track(coco['images'], split):
+            for info in track(images, split):
                 path = root / 'images' / info['file_name']
                 image = read_image(path)
                 for annotation in boxes[info['id']]:

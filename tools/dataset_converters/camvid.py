@@ -21,12 +21,13 @@ import cv2
 import numpy as np
 from converter_utils import (
     open_download,
-    read_image,
     run_converter,
     staged_output,
     write_image,
 )
 from rich.progress import track
+
+from mmcls_involution.data.images import read_image
 
 SPLITS = ('train', 'val', 'test')
 NUM_CLASSES = 11

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -58,32 +60,6 @@ def open_download(path: Path, folders: Collection[str], source: str) -> Iterator
                 f'expected {source}'
             )
         yield candidates[best]
-
-
-def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
-    """Read an image, or say which file is missing or broken.
-
-    Args:
-        path (Path): Image file.
-        flags (int): OpenCV's read mode. Defaults to colour, BGR.
-
-    Returns:
-        np.ndarray: [H, W, 3], or [H, W] where ``flags`` and the file say so.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be decoded.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f'image {path} is missing')
-    # Not cv2.imread: it fills up a JPEG that is cut short, and only prints a warning.
-    content = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(content, flags) if content.size else None
-    if image is None:
-        raise ValueError(
-            f'image {path} cannot be decoded: it is damaged, download it again'
-        )
-    return image
 
 
 def write_image(path: Path, image: np.ndarray, jpeg_quality: int = 95) -> None:
@@ -143,6 +119,47 @@ def staged_output(out: Path, entries: Collection[str]) -> Iterator[Path]:
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+class CocoSplit:
+    """A split in COCO format, filled image by image.
+
+    Args:
+        classes (Sequence[str]): Names of the categories, which count from 1.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = list(classes)
+        self.images: list[dict] = []
+        self.annotations: list[dict] = []
+
+    def add_image(self, file_name: str, width: int, height: int) -> None:
+        """Add an image; what is annotated next is on it."""
+        image = dict(file_name=file_name, width=width, height=height)
+        self.images.append(dict(id=len(self.images) + 1, **image))
+
+    def annotate(self, cls: str, box: list[float], area: float, **more: Any) -> None:
+        """Annotate the last image: a box (x, y, width, height), in pixels."""
+        self.annotations.append(
+            dict(
+                id=len(self.annotations) + 1,
+                image_id=len(self.images),
+                category_id=self.classes.index(cls) + 1,
+                bbox=box,
+                area=area,
+                iscrowd=0,
+                **more,
+            )
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the annotation file, making its folder."""
+        categories = [dict(id=i, name=cls) for i, cls in enumerate(self.classes, 1)]
+        content = dict(
+            images=self.images, annotations=self.annotations, categories=categories
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content))
 
 
 def run_converter(

@@ -14,14 +14,13 @@ Example:
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import cv2
 import numpy as np
-from converter_utils import staged_output, write_image
+from converter_utils import CocoSplit, staged_output, write_image
 from pycocotools import mask as mask_utils
 from rich.progress import track
 
@@ -123,46 +122,25 @@ def generate(
         OSError: If ``out`` holds other things or cannot be written.
     """
     with staged_output(out, ('images', 'annotations')) as staging:
-        (staging / 'annotations').mkdir()
         for split_id, (split, size) in enumerate(split_sizes.items()):
-            images, annotations = [], []
-            for image_id in track(range(size), f'Drawing {split} images'):
-                rng = np.random.default_rng([seed, split_id, image_id])
+            coco = CocoSplit(CLASSES)
+            for number in track(range(size), f'Drawing {split} images'):
+                rng = np.random.default_rng([seed, split_id, number])
                 image, shapes = draw_scene(rng)
-                name = f'{split}_{image_id:04d}.jpg'
+                name = f'{split}_{number:04d}.jpg'
                 write_image(staging / 'images' / name, image)
-                images.append(
-                    dict(
-                        id=image_id,
-                        file_name=name,
-                        width=IMAGE_SIZE,
-                        height=IMAGE_SIZE,
-                    )
-                )
+                coco.add_image(name, IMAGE_SIZE, IMAGE_SIZE)
                 for cls, mask in shapes:
                     rle = mask_utils.encode(np.asfortranarray(mask, np.uint8))
-                    annotations.append(
-                        dict(
-                            id=len(annotations) + 1,
-                            image_id=image_id,
-                            category_id=CLASSES.index(cls) + 1,
-                            bbox=mask_utils.toBbox(rle).tolist(),
-                            area=int(mask_utils.area(rle)),
-                            segmentation=dict(
-                                size=rle['size'], counts=rle['counts'].decode()
-                            ),
-                            iscrowd=0,
-                        )
+                    coco.annotate(
+                        cls,
+                        mask_utils.toBbox(rle).tolist(),
+                        int(mask_utils.area(rle)),
+                        segmentation=dict(
+                            size=rle['size'], counts=rle['counts'].decode()
+                        ),
                     )
-            coco = dict(
-                images=images,
-                annotations=annotations,
-                categories=[
-                    dict(id=i, name=cls) for i, cls in enumerate(CLASSES, start=1)
-                ],
-            )
-            path = staging / 'annotations' / f'{split}.json'
-            path.write_text(json.dumps(coco))
+            coco.write(staging / 'annotations' / f'{split}.json')
     print(f'Data set is in {out}')
 
 

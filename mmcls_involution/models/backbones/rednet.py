@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcls_involution.ops.geometry import memory_format
+from mmcls_involution.weights.fit import Fit, Misfit
 
 from ..layers import Involution2d
 
@@ -209,8 +210,8 @@ class RedNet(BaseModule):
             Kaiming for convolutions, 1 for norm layers.
 
     Raises:
-        ValueError: If an argument is out of range, or a checkpoint for another stem is
-            loaded.
+        ValueError: If an argument is out of range, or (Misfit, a ValueError) a
+            checkpoint for another stem is loaded.
 
     Example:
         >>> import torch
@@ -342,17 +343,16 @@ class RedNet(BaseModule):
         """Initialize as ``init_cfg`` says.
 
         Raises:
-            ValueError: If a ``Pretrained`` checkpoint holds no weights of RedNet.
+            Misfit: If a ``Pretrained`` checkpoint holds no weights of RedNet.
         """
         pretrained = (
             isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained'
         )
-        first = self.stem[0].conv.weight
-        before = first.detach().clone()
+        fit = Fit(dict(self.named_parameters()))
         super().init_weights()
         if pretrained:
-            if torch.equal(first, before):
-                raise ValueError(
+            if 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
+                raise Misfit(
                     f'{self.init_cfg["checkpoint"]} holds no weights of RedNet under '
                     f'the prefix {self.init_cfg.get("prefix")!r}; the names must begin '
                     "with 'stem.' after it. A classifier's checkpoint needs "
@@ -365,20 +365,25 @@ class RedNet(BaseModule):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         # MMEngine would log what does not fit, skip it and train on.
-        ours = dict(self.stem[1].named_parameters(prefix=f'{prefix}stem.1'))
-        for key, theirs in state_dict.items():
-            # Convolutions' weights: norm layers may be fused into them.
-            if not key.startswith(f'{prefix}stem.1.') or theirs.dim() != 4:
-                continue
-            if key not in ours or ours[key].shape != theirs.shape:
-                here = tuple(ours[key].shape) if key in ours else 'absent'
-                raise ValueError(
-                    f'{key} is {tuple(theirs.shape)} in the checkpoint and {here} in '
-                    'the model: their stem involutions differ. The official ImageNet '
-                    'models have stem_kernel_size=3, the official detection and '
-                    'segmentation backbones 7; set the one of your weights, and '
-                    'involution_cfg where they were trained with another'
-                )
+        stem = f'{prefix}stem.1.'
+        ours = dict(self.stem[1].named_parameters(prefix=stem[:-1]))
+        # Convolutions' weights: norm layers may be fused into them.
+        theirs = {
+            name: value
+            for name, value in state_dict.items()
+            if name.startswith(stem) and value.dim() == 4
+        }
+        _, unknown, reshaped = Fit(ours).differences(theirs)
+        if other := [*unknown, *reshaped]:
+            name = other[0]
+            here = tuple(ours[name].shape) if name in ours else 'absent'
+            raise Misfit(
+                f'{name} is {tuple(theirs[name].shape)} in the checkpoint and {here} '
+                'in the model: their stem involutions differ. The official ImageNet '
+                'models have stem_kernel_size=3, the official detection and '
+                'segmentation backbones 7; set the one of your weights, and '
+                'involution_cfg where they were trained with another'
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -8,9 +8,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -18,10 +16,13 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
+from mmcls_involution import __main__ as commands
+from mmcls_involution.engine.errors import UserError
 from mmcls_involution.models import RedNet
+from mmcls_involution.weights.convert import load_strictly
 
 ROOT = Path(__file__).parents[2]
-CONVERTER, PUBLISHER = 'rednet_to_mmcls_involution', 'publish_model'
+CONVERTER, PUBLISHER = 'convert', 'publish'
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
 SLIM_CONFIG = """
 default_scope = 'mmpretrain'
@@ -42,20 +43,13 @@ Tool = Callable[..., str]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    for folder in ('tools', 'tools/model_converters'):
-        monkeypatch.syspath_prepend(ROOT / folder)
-    return import_module
-
-
-@pytest.fixture
-def tool(module, monkeypatch) -> Tool:
-    """Run a tool; give the message it ended with, '' for success."""
+def tool(monkeypatch) -> Tool:
+    """Run a command; give the message it ended with, '' for success."""
 
     def run(name: str, *arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         try:
-            module(name).main()
+            commands.run(name)
         except SystemExit as end:
             return str(end.code or '')
         return ''
@@ -484,7 +478,7 @@ INVOLUTION_HEAD = {'model.rpn_head.type': 'InvolutionRPNHead'}
         ('cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024', {}, upernet()),
     ],
 )
-def test_models_of_the_paper_take_the_official_names(name, options, shapes, module):
+def test_models_of_the_paper_take_the_official_names(name, options, shapes):
     """The names that mmdet 2.x and mmseg 0.x give to all but the backbone."""
     cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
     cfg.merge_from_dict(options)
@@ -494,15 +488,12 @@ def test_models_of_the_paper_take_the_official_names(name, options, shapes, modu
     shapes = shapes | {f'backbone.{n}': tuple(v.shape) for n, v in backbone.items()}
     # One number each, however large: only names and shapes matter here.
     weights = {n: torch.tensor(0.5).expand(shape) for n, shape in shapes.items()}
-    converter = module(CONVERTER)
-    assert converter.load_strictly(model, weights, '') == 0
+    assert load_strictly(model, weights, '') == 0
     assert all(p.eq(0.5).all() for p in model.parameters())
 
     part = next(iter(shapes))
-    with pytest.raises(module('preflight').UserError, match=f'1 missing:\n  {part}'):
-        converter.load_strictly(
-            model, {n: v for n, v in weights.items() if n != part}, ''
-        )
+    with pytest.raises(UserError, match=f'1 missing:\n  {part}'):
+        load_strictly(model, {n: v for n, v in weights.items() if n != part}, '')
 
 
 # ------------------------------------------------------------------------------ publish

@@ -1,28 +1,20 @@
-"""tools/reproduction_report.py: logs, verdicts, and what stands on the page."""
+"""Logs, verdicts, and what stands on the page."""
 
 from __future__ import annotations
 
 import json
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-pytest.importorskip('mmengine')
+from mmcls_involution.runs import report
+from mmcls_involution.runs.logs import read_log
+from mmcls_involution.runs.metrics import METRICS, compare
+from mmcls_involution.runs.page import write
+from mmcls_involution.runs.record import TRAINING, Job, changed, digests
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    return import_module('reproduction_report')
-
-
-@pytest.fixture
-def tool(report) -> ModuleType:
-    return import_module('reproduce')
 
 
 def write_log(folder: Path, time: str, resume: bool, lines: list[dict]) -> None:
@@ -39,7 +31,7 @@ def train_line(step: int, loss: float) -> dict:
     return dict(lr=0.1, loss=loss, iter=step, step=step)
 
 
-def test_logs_of_a_resumed_training_are_joined(report, tmp_path):
+def test_logs_of_a_resumed_training_are_joined(tmp_path):
     # An abandoned training; one killed after iteration 30, its last checkpoint at 20;
     # the one that went on from there.
     write_log(tmp_path, '1', False, [train_line(10 * i, 9) for i in range(1, 9)])
@@ -54,7 +46,7 @@ def test_logs_of_a_resumed_training_are_joined(report, tmp_path):
         True,
         [train_line(30, 2), train_line(40, 1), dict(mIoU=4, step=40)],
     )
-    log = report.read_log(tmp_path, by_epoch=False)
+    log = read_log(tmp_path, by_epoch=False)
     assert log.runs == ['2', '3']
     assert [(line['step'], line['loss']) for line in log.train] == [
         *((10, 5), (20, 4), (30, 2), (40, 1))
@@ -67,7 +59,7 @@ def test_logs_of_a_resumed_training_are_joined(report, tmp_path):
     ]
 
 
-def test_scores_logged_by_epoch(report, tmp_path):
+def test_scores_logged_by_epoch(tmp_path):
     lines = [
         train_line(50, 1),
         dict(mIoU=1, step=1),
@@ -76,11 +68,11 @@ def test_scores_logged_by_epoch(report, tmp_path):
     ]
     write_log(tmp_path, '1', False, lines)
     write_log(tmp_path, '2', True, [train_line(100, 1), dict(mIoU=3, step=2)])
-    log = report.read_log(tmp_path, by_epoch=True)
+    log = read_log(tmp_path, by_epoch=True)
     assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 3)]
     # Epochs shorter than the logger's interval leave no line about losses.
     write_log(tmp_path, '3', True, [dict(mIoU=4, step=2), dict(mIoU=5, step=3)])
-    log = report.read_log(tmp_path, by_epoch=True)
+    log = read_log(tmp_path, by_epoch=True)
     assert [(line['x'], line['mIoU']) for line in log.val] == [(1, 1), (2, 4), (3, 5)]
     # An iteration-based loop that logs by epoch says step 0: the last iteration counts.
     (tmp_path / 'other').mkdir()
@@ -91,7 +83,7 @@ def test_scores_logged_by_epoch(report, tmp_path):
         dict(mIoU=2, step=0),
     ]
     write_log(tmp_path / 'other', '1', False, lines)
-    log = report.read_log(tmp_path / 'other', by_epoch=False)
+    log = read_log(tmp_path / 'other', by_epoch=False)
     assert [(line['x'], line['mIoU']) for line in log.val] == [(50, 1), (100, 2)]
 
 
@@ -108,27 +100,27 @@ def test_scores_logged_by_epoch(report, tmp_path):
         (None, '', 'not measured'),
     ],
 )
-def test_verdict(report, ours, difference, verdict):
+def test_verdict(ours, difference, verdict):
     facts = dict(scores={'coco/bbox_mAP': 39.5}, resnet50={'coco/bbox_mAP': 37.7})
     scores = {'coco/bbox_mAP_50': 0.6} | (
         {} if ours is None else {'coco/bbox_mAP': ours}
     )
-    (row,) = report.compare(scores, facts)
+    (row,) = compare(scores, facts)
     assert (row['paper'], row['resnet']) == ('39.5', '37.7')
     assert (row['difference'], row['verdict']) == (difference, verdict)
 
 
-def paper_job(tool: ModuleType, tmp_path: Path, options: list[str]) -> object:
+def paper_job(tmp_path: Path, options: list[str]) -> object:
     """A finished test of the paper's Faster R-CNN, as far as the record goes."""
     from mmengine.config import Config
 
     config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
-    job = tool.Job(config, options, tmp_path, Config.fromfile(config))
+    job = Job(config, options, tmp_path, Config.fromfile(config))
     facts = dict(command='x', time='t', revision='r', environment={})
     job.remember(
         *('train',),
         **(facts | dict(processes=8, changed=[])),
-        config=tool.digests(job.cfg, tool.TRAINING),
+        config=digests(job.cfg, TRAINING),
     )
     checkpoint = str(tmp_path / 'epoch_12.pth')
     scores = {'coco/bbox_mAP': 0.396, 'coco/bbox_mAP_50': 0.61}
@@ -138,13 +130,13 @@ def paper_job(tool: ModuleType, tmp_path: Path, options: list[str]) -> object:
     return job
 
 
-def test_page_of_a_paper_config(report, tool, tmp_path):
+def test_page_of_a_paper_config(tmp_path):
     pytest.importorskip('mmdet')
 
     def describe(job: object) -> dict:
-        return report.describe(job, tool.changed(job))
+        return report.describe(job, changed(job))
 
-    job = paper_job(tool, tmp_path, [])
+    job = paper_job(tmp_path, [])
     page = describe(job)
     (row,) = page['rows']
     assert list(row.values()) == [
@@ -152,7 +144,7 @@ def test_page_of_a_paper_config(report, tool, tmp_path):
     ]
     assert page['notes'] == [] and 'moco#39' in page['tolerances'][0]
     assert page['curves'] is None
-    report.write(tmp_path, [page])
+    write(tmp_path, [page])
     assert 'has no log' in (tmp_path / 'report.md').read_text()
 
     job.record['train']['processes'] = 1
@@ -168,14 +160,14 @@ def test_page_of_a_paper_config(report, tool, tmp_path):
     assert describe(job)['rows'][0]['verdict'].endswith('this call failed')
     job.cfg.optim_wrapper.optimizer.lr = 1
     assert 'optim_wrapper' in describe(job)['notes'][1]
-    page = describe(paper_job(tool, tmp_path, ['model.x=1']))
+    page = describe(paper_job(tmp_path, ['model.x=1']))
     assert page['notes'] == ['Not the config as it stands: model.x=1.']
 
 
-def test_page_of_a_downloaded_checkpoint(report, tool, tmp_path):
+def test_page_of_a_downloaded_checkpoint(tmp_path):
     """The training in the work dir is not that of the weights."""
     pytest.importorskip('mmdet')
-    job = paper_job(tool, tmp_path, [])
+    job = paper_job(tmp_path, [])
     write_log(tmp_path, '1', False, [train_line(10, 5)])
     steps = ['Training', 'Test']
     assert [name for name, _ in report.describe(job, [])['steps']] == steps
@@ -186,7 +178,7 @@ def test_page_of_a_downloaded_checkpoint(report, tool, tmp_path):
     assert page['curves'] is None
 
 
-def test_paper_figures_are_known_scores(report):
+def test_paper_figures_are_known_scores():
     table = import_module('mmengine').load(report.PAPER)
     assert len(table) == 16
     for name, facts in table.items():
@@ -197,13 +189,5 @@ def test_paper_figures_are_known_scores(report):
         )
         assert set(facts.get('resnet50', {})) <= set(facts['scores'])
         for key, value in facts['scores'].items():
-            assert report.METRICS[key].tolerance and report.METRICS[key].reason
+            assert METRICS[key].tolerance and METRICS[key].reason
             assert 30 < value < 100, (name, 'per cent')
-
-
-def test_configs_of_the_paper_have_their_figures(report):
-    table = import_module('mmengine').load(report.PAPER)
-    for folder in ('coco', 'cityscapes', 'imagenet'):
-        for config in (ROOT / 'configs' / folder).glob('*.py'):
-            # A stem of 7 is ours for downstream tasks: the paper gives no top-1 of it.
-            assert config.stem in table or 'stem7' in config.stem

@@ -1,4 +1,4 @@
-"""tools/train.py and tools/test.py on tiny real data, and what they refuse."""
+"""Training and testing on tiny real data, and what they refuse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+
+from mmcls_involution import __main__ as commands
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmengine')
@@ -42,7 +43,7 @@ def forget_runs() -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Tool:
-    """Run ``tools/NAME.py`` in this process, on tests/tiny or the config given first.
+    """Run a command in this process, on tests/tiny or the config given first.
 
     Returns the message it ended with, '' for success.
     """
@@ -52,11 +53,10 @@ def tool(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Too
         monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(DATA[task])))
         if Path(*arguments[:1]).suffix != '.py':
             arguments = (ROOT / 'tests' / 'tiny' / f'{task}.py', *arguments)
-        monkeypatch.setattr(sys, 'argv', [f'{name}.py', *map(str, arguments)])
-        monkeypatch.syspath_prepend(ROOT / 'tools')
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         forget_runs()
         try:
-            runpy.run_path(str(ROOT / 'tools' / f'{name}.py'), run_name='__main__')
+            commands.run(name)
         except SystemExit as end:
             return str(end.code or '')
         return ''
@@ -701,7 +701,7 @@ def test_missing_config_names_similar_ones(tool):
     [
         (['--resume', 'none.pth'], '--resume: none.pth does not exist'),
         (['--auto-scale-lr'], 'auto_scale_lr=dict'),
-        (['--launcher', 'slurm'], 'dist_train.sh'),
+        (['--launcher', 'slurm'], 'tools/dist.sh'),
         (['--amp'], '--amp needs a GPU'),
     ],
 )

@@ -1,20 +1,93 @@
-"""What the converters share: read a checkpoint weights-only, write all or nothing."""
+"""Checkpoint files: which ones a run names, reading weights-only, writing safely."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
-import sys
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).parents[1]))
+from mmcls_involution.engine.config import ROOT, dicts, missing, places
+from mmcls_involution.engine.errors import UserError
 
-from preflight import UserError, check_checkpoint
+
+def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> None:
+    """Refuse a checkpoint path that names no file; URLs pass.
+
+    Args:
+        path: The path; None passes too.
+        what: The flag, or the key of the config, that gave it.
+        cfg: The config, where it gave the path.
+
+    Raises:
+        UserError: If ``path`` is a placeholder or a local file that does not exist.
+    """
+    if not path or '://' in str(path):
+        return
+    if re.search(r'path[/_]?to|<.*>', str(path)):
+        raise UserError(
+            f'{what} is a placeholder: {path}. Put the path of your checkpoint there.'
+        )
+    if message := missing(Path(path).expanduser(), what, cfg):
+        if cfg is not None:
+            key = what.removesuffix('.checkpoint')
+            message += (
+                f'{_source(str(path), cfg)} {key}=None starts from random weights.'
+            )
+        raise UserError(message)
+
+
+def _source(path: str, cfg: Config) -> str:
+    """Where the weights come from that one of our configs leaves in its work dir."""
+    for name, default in places(cfg).items():
+        config = next(ROOT.glob(f'configs/*/{Path(default).parent.name}.py'), None)
+        if config is not None and path == os.environ.get(name, default):
+            return (
+                f' tools/train.py {config.relative_to(ROOT)} makes it, '
+                'tools/model_converters/rednet_to_mmcls_involution.py converts the '
+                "authors' weights."
+            )
+    return ''
+
+
+def starting_points(cfg: Config) -> dict[str, str]:
+    """Checkpoints that a training starts from, by the keys that name them."""
+    starts = {
+        f'{path}.checkpoint': part['checkpoint']
+        for path, part in dicts(cfg.model, 'model')
+        if part.get('type') == 'Pretrained' and part.get('checkpoint')
+    }
+    return starts | ({'load_from': cfg.load_from} if cfg.get('load_from') else {})
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a work dir, or None.
+
+    ``last_checkpoint`` names it. That file may be out of date if the folder was moved
+    or the run was killed, and a checkpoint being written then is cut short.
+    """
+    candidates = sorted(
+        [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')],
+        key=lambda file: file.stat().st_mtime,
+        reverse=True,
+    )
+    pointer = work_dir / 'last_checkpoint'
+    if pointer.is_file():
+        candidates.insert(0, Path(pointer.read_text().strip()))
+    for file in candidates:
+        if zipfile.is_zipfile(file):
+            return file
+        print_log(f'Passed over {file}, missing or cut short', level=logging.WARNING)
+    return None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -55,6 +128,22 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         weights = {n.removeprefix('module.'): value for n, value in weights.items()}
     checkpoint['state_dict'] = weights
     return checkpoint
+
+
+def read_meta(checkpoint: str) -> dict[str, Any]:
+    """Epoch, iteration and seed of a local checkpoint, as far as it has them."""
+    if '://' in checkpoint:
+        return {}
+    content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger='silent')
+    meta = content.get('meta') or {}
+    return {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
+
+
+def identity(checkpoint: str) -> str:
+    """What tells this checkpoint from any other: its sha256, or its URL."""
+    if '://' in checkpoint:
+        return checkpoint
+    return f'sha256 {sha256(Path(checkpoint).expanduser())}'
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""check_dataset.py on small data sets of each format, sound ones and damaged ones."""
+"""The full check on small data sets of each format, sound ones and damaged ones."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
+from mmcls_involution import __main__ as commands
+from mmcls_involution.data import images
+
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / 'tools' / 'dataset_converters'
 
 # Just what the check reads: to inherit upstream's, as tests/tiny does, takes a second.
 CONFIGS = dict(
@@ -62,14 +62,21 @@ Run = Callable[..., Rows]
 
 
 @pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(FOLDER)
-    return import_module('check_dataset')
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., object]:
+    """Run ``check``; give its exit code or message."""
+
+    def call(*arguments: object) -> object:
+        monkeypatch.setattr(sys, 'argv', ['check', *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            commands.run('check')
+        return end.value.code
+
+    return call
 
 
 @pytest.fixture
-def run(module, monkeypatch, tmp_path) -> Run:
-    """Check data with one of CONFIGS; give the rows of ``--out``: kind, place, detail.
+def run(command, tmp_path) -> Run:
+    """Check data with one of CONFIGS; give the rows of ``--out``: rule, place, detail.
 
     The exit code must agree with them.
     """
@@ -77,15 +84,13 @@ def run(module, monkeypatch, tmp_path) -> Run:
     def check(name: str, root: Path, *options: str, split: str = 'train') -> Rows:
         config, out = tmp_path / f'{name}.py', tmp_path / 'findings.txt'
         config.write_text(CONFIGS[name].replace('{root}', str(root)))
-        argv = [str(config), '--workers', '1', '--out', str(out), '--split', split]
+        flags = ['--workers', 1, '--out', out, '--split', split]
         if options:
-            argv += ['--cfg-options', *options]
-        monkeypatch.setattr(sys, 'argv', ['check_dataset.py', *argv])
-        with pytest.raises(SystemExit) as end:
-            module.main()
-        assert end.value.code in (0, 1), end.value.code
+            flags += ['--cfg-options', *options]
+        code = command(config, *flags)
+        assert code in (0, 1), code
         rows = [tuple(line.split('\t')[1:]) for line in out.read_text().splitlines()]
-        assert end.value.code == bool(rows)
+        assert code == bool(rows)
         return rows
 
     return check
@@ -112,14 +117,10 @@ def edit(root: Path, change: Callable[[dict], object]) -> None:
 
 
 @pytest.mark.parametrize('task', ['detector', 'segmenter', 'classifier'])
-def test_sound_data_of_a_whole_config(task, module, monkeypatch, request, capsys):
+def test_sound_data_of_a_whole_config(task, command, monkeypatch, request, capsys):
     root = dict(detector='coco_root', segmenter='seg_root', classifier='cls_root')
     monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(root[task])))
-    config = ROOT / 'tests' / 'tiny' / f'{task}.py'
-    monkeypatch.setattr(sys, 'argv', ['check_dataset.py', str(config)])
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    assert end.value.code == 0
+    assert command(ROOT / 'tests' / 'tiny' / f'{task}.py') == 0
     output = capsys.readouterr().out
     assert 'train_dataloader.dataset: 4 images' in output
     assert 'test_dataloader.dataset: the same as ' in output
@@ -190,8 +191,8 @@ def test_category_that_classes_do_not_name(coco, run):
 
 def test_classes_that_do_not_fit_the_file(coco, run):
     edit(coco, lambda content: content['categories'][0].update(name='disc'))
-    kinds = [row[0] for row in run('detector', coco)]
-    assert kinds == ['config', 'unknown category']
+    rules = [row[0] for row in run('detector', coco)]
+    assert rules == ['classes', 'unknown category']
 
 
 def test_masks_are_needed_where_masks_are_trained(coco, run):
@@ -204,8 +205,8 @@ def test_masks_are_needed_where_masks_are_trained(coco, run):
 @pytest.mark.parametrize('content', ['{"images": [', '[]', '{"images": []}', '{}'])
 def test_file_that_is_no_coco(coco, run, content):
     (coco / 'ann.json').write_text(content)
-    kinds = {row[0] for row in run('detector', coco)}
-    assert kinds == {'config', 'malformed entry'}
+    ((rule, place, _),) = run('detector', coco)
+    assert rule == 'no COCO file' and 'is not a COCO annotation file' in place
 
 
 @pytest.mark.parametrize('damage', ['.png', '.jpg', 'empty', 'text'])
@@ -218,11 +219,11 @@ def test_undecodable_image(coco, run, damage):
     assert run('detector', coco) == [('undecodable image', str(path), '')]
 
 
-def test_torn_jpeg_where_opencv_fills_it_up(module, monkeypatch, coco, run):
+def test_torn_jpeg_where_opencv_fills_it_up(monkeypatch, coco, run):
     """OpenCV before 5 gives a whole picture, the missing part grey."""
     tear(coco / '2.png', '.jpg')
-    monkeypatch.setattr(module, 'read_image', lambda path: np.zeros((64, 64, 3)))
-    monkeypatch.setattr(module.cv2, '__version__', '4.11.0')
+    monkeypatch.setattr(images, 'read_image', lambda path: np.zeros((64, 64, 3)))
+    monkeypatch.setattr(cv2, '__version__', '4.11.0')
     (found,) = run('detector', coco)
     assert found[:2] == ('undecodable image', str(coco / '2.png'))
 
@@ -238,7 +239,7 @@ def test_image_turned_by_its_orientation(coco, run):
 
 def test_missing_folder(run, tmp_path):
     (found,) = run('detector', tmp_path / 'nowhere')
-    assert found[0] == 'config' and 'does not exist' in found[1]
+    assert found[0] == 'missing path' and 'does not exist' in found[1]
 
 
 def test_many_findings_in_processes(coco, tmp_path):
@@ -257,7 +258,7 @@ def test_many_findings_in_processes(coco, tmp_path):
     config = tmp_path / 'config.py'
     config.write_text(CONFIGS['detector'].replace('{root}', str(coco)))
     command = [
-        sys.executable, FOLDER / 'check_dataset.py', config,
+        sys.executable, ROOT / 'tools' / 'check_dataset.py', config,
         '--workers', '2', '--out', out,
     ]  # fmt: skip
     environment = dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1')
@@ -433,15 +434,14 @@ def test_number_of_folders(cls, run):
     (cls / 'other').mkdir()
     shutil.copy(cls / 'dark' / 'dark_0.png', cls / 'other')
     (found,) = run('classifier', cls)
-    assert found[0] == 'config' and 'holds 3 folders: expected one per class, 2' in str(
-        found
-    )
+    assert found[0] == 'number of classes'
+    assert 'holds 3 folders: expected one per class, 2' in found[2]
 
 
 def test_classes_in_another_order_than_the_folders(cls, run):
     classes = 'train_dataloader.dataset.metainfo.classes=[light,dark]'
     (found,) = run('classifier', cls, classes)
-    assert found[0] == 'config' and "must be ('dark', 'light')" in found[2]
+    assert found[0] == 'classes' and "must be ('dark', 'light')" in found[2]
 
 
 def test_list_of_names_and_labels(cls, run):
@@ -466,7 +466,7 @@ def test_imagenet_folders_and_lists(tmp_path, run):
             (root / split / name).mkdir(parents=True)
             Image.new('RGB', (8, 8)).save(root / split / name / 'a.JPEG')
     (found,) = run('imagenet', root)
-    assert found[0] == 'config'
+    assert found[0] == 'number of classes'
     assert 'holds 2 folders: expected one per class, 1000' in found[2]
 
     (root / 'meta').mkdir()
@@ -500,12 +500,8 @@ def test_imagenet_folders_and_lists(tmp_path, run):
         ),
     ],
 )
-def test_what_cannot_be_checked(module, monkeypatch, tmp_path, cls, flags, message):
+def test_what_cannot_be_checked(command, tmp_path, cls, flags, message):
     config = tmp_path / 'config.py'
     config.write_text(CONFIGS['classifier'].replace('{root}', str(cls)))
-    argv = ['check_dataset.py', str(config), *flags]
-    monkeypatch.setattr(sys, 'argv', argv)
-    with pytest.raises(SystemExit) as end:
-        module.main()
-    answer = str(end.value.code)
+    answer = str(command(config, *flags))
     assert answer.startswith('Error: ') and message in answer

@@ -1,11 +1,10 @@
-"""tools/reproduce.py: what it repeats, what it refuses, and the page it writes."""
+"""Reproducing: what is repeated, what is refused, and the page that is written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-import runpy
 import subprocess
 import sys
 import time
@@ -13,27 +12,18 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import pytest
 
-pytest.importorskip('mmengine')
+from mmcls_involution import __main__ as commands
+from mmcls_involution.runs import reproduce as tool
+from mmcls_involution.runs.logs import read_log
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / 'tests' / 'tiny'
 STEPS = ('train', 'test', 'examples')
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    return import_module('reproduce')
-
-
-@pytest.fixture
-def read_log(tool) -> Callable:
-    return import_module('reproduction_report').read_log
+NAME = 'mmcls_involution'
 
 
 @pytest.fixture
@@ -43,14 +33,14 @@ def ran() -> list[list[str]]:
 
 
 @pytest.fixture
-def reproduce(tool, ran, monkeypatch) -> Callable[..., str]:
+def reproduce(ran, monkeypatch) -> Callable[..., str]:
     """Call the command line; returns the message it ended with, '' for success."""
 
     def run(*arguments: object) -> str:
         ran.clear()
-        monkeypatch.setattr(sys, 'argv', ['reproduce.py', *map(str, arguments)])
+        monkeypatch.setattr(sys, 'argv', ['reproduce', *map(str, arguments)])
         try:
-            tool.main()
+            commands.run('reproduce')
         except SystemExit as end:
             return str(end.code or '')
         return ''
@@ -59,7 +49,7 @@ def reproduce(tool, ran, monkeypatch) -> Callable[..., str]:
 
 
 @pytest.fixture
-def real_tools(tool, ran, monkeypatch) -> None:
+def real_tools(ran, monkeypatch) -> None:
     """Let the tools run in this process, which saves their imports."""
 
     def call(name: str, command: list[str], *_: object, **__: object) -> None:
@@ -69,9 +59,10 @@ def real_tools(tool, ran, monkeypatch) -> None:
             cls = classes.pop()
             cls._instance_dict.clear()
             classes += cls.__subclasses__()
-        monkeypatch.setattr(sys, 'argv', command[1:])
+        assert command[:4] == ['python', '-m', 'mmcls_involution', name]
+        monkeypatch.setattr(sys, 'argv', command[3:])
         try:
-            runpy.run_path(str(ROOT / 'tools' / name), run_name='__main__')
+            commands.run(name)
         except SystemExit as end:
             if end.code:
                 raise tool.StepError(str(end.code)) from None
@@ -86,14 +77,14 @@ def real_tools(tool, ran, monkeypatch) -> None:
 
 
 @pytest.fixture
-def quick_tools(tool, ran, monkeypatch) -> None:
+def quick_tools(ran, monkeypatch) -> None:
     """In place of the tools, leave the files that they leave for the segmenter."""
     torch = pytest.importorskip('torch')
 
     def call(name: str, command: list[str], *_: object, **__: object) -> None:
         ran.append(command)
         options = dict(part.split('=', 1) for part in command if '=' in part)
-        if name == 'train.py':
+        if name == 'train':
             last = int(options.get('train_cfg.max_iters', 2))
             for i in range(1, last + 1):
                 file = Path(command[command.index('--work-dir') + 1], f'iter_{i}.pth')
@@ -128,7 +119,7 @@ def segmenter(flat, tmp_path) -> Path:
 def steps(ran: list[list[str]]) -> list[str]:
     """Which steps a call has done anew."""
     return [
-        'examples' if '--show-dir' in command else Path(command[1]).stem
+        'examples' if '--show-dir' in command else command[command.index(NAME) + 1]
         for command in ran
     ]
 
@@ -168,7 +159,6 @@ def test_report_of_a_training(
     library,
     data,
     score,
-    read_log,
     reproduce,
     real_tools,
     ran,
@@ -218,13 +208,13 @@ def test_report_of_a_training(
 
 
 def test_resumed_training_has_one_log(
-    tool, read_log, segmenter, reproduce, real_tools, ran, monkeypatch, tmp_path
+    segmenter, reproduce, real_tools, ran, monkeypatch, tmp_path
 ):
     work = tmp_path / 'work'
     options = ['--cfg-options', 'train_cfg.max_iters=4']
     arguments = [str(segmenter), '--work-dir', str(work), *options]
-    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
-    (job,) = tool.prepare(tool.parse_args())
+    monkeypatch.setattr(sys, 'argv', ['reproduce', *arguments])
+    (job,) = tool.prepare(commands.parse(tool))
     with tool.lock(job) as descriptor:
         tool.train(job, None, descriptor)
     # As if it had been killed in the fourth iteration, its last checkpoint at 2.
@@ -296,7 +286,7 @@ def test_only_what_is_out_of_date_is_repeated(
 
 
 def test_a_training_that_ends_early_is_finished(
-    tool, segmenter, reproduce, quick_tools, ran, tmp_path
+    segmenter, reproduce, quick_tools, ran, tmp_path
 ):
     arguments = [segmenter, '--work-dir', tmp_path / 'work']
     options = ['--cfg-options', 'train_cfg.max_iters=3']
@@ -315,19 +305,19 @@ def test_a_training_that_ends_early_is_finished(
 
 def test_several_processes(segmenter, reproduce, quick_tools, ran, tmp_path):
     assert reproduce(segmenter, '--work-dir', tmp_path / 'work', '--gpus', 2) == ''
-    start = [[Path(part).name for part in command[:5]] for command in ran]
-    assert start == [
-        ['bash', 'dist_train.sh', 'segmenter.py', '2', '--work-dir'],
-        ['bash', 'dist_test.sh', 'segmenter.py', 'iter_2.pth', '2'],
-        ['python', 'test.py', 'segmenter.py', 'iter_2.pth', '--work-dir'],
+    two = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29500']
+    assert [command[1 : command.index(NAME)] for command in ran] == [
+        *([*two, '-m'], [*two, '-m'], ['-m'])
     ]
+    launched = [command[-2:] == ['--launcher', 'pytorch'] for command in ran]
+    assert steps(ran) == list(STEPS) and launched == [True, True, False]
 
 
 # ----------------------------------------------------------------------------- failures
 
 
 def test_a_failing_config_does_not_stop_the_others(
-    tool, segmenter, reproduce, quick_tools, ran, monkeypatch, tmp_path
+    segmenter, reproduce, quick_tools, ran, monkeypatch, tmp_path
 ):
     text = segmenter.read_text()
     configs = {name: tmp_path / f'{name}.py' for name in ('no_data', 'crash')}
@@ -339,7 +329,7 @@ def test_a_failing_config_does_not_stop_the_others(
 
     def call(name: str, command: list[str], *arguments: object, **kw: object) -> None:
         succeed(name, command, *arguments, **kw)
-        if 'crash.py' in command[2] and name == 'test.py':
+        if 'crash.py' in command[4] and name == 'test':
             raise tool.StepError('tools/test.py: does not fit the model')
 
     monkeypatch.setattr(tool, 'call', call)
@@ -391,11 +381,11 @@ def test_what_cannot_work_is_refused_at_once(
 
 
 def test_two_calls_do_not_share_a_work_dir(
-    tool, segmenter, reproduce, quick_tools, ran, monkeypatch, tmp_path
+    segmenter, reproduce, quick_tools, ran, monkeypatch, tmp_path
 ):
     arguments = [str(segmenter), '--work-dir', str(tmp_path)]
-    monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
-    (job,) = tool.prepare(tool.parse_args())
+    monkeypatch.setattr(sys, 'argv', ['reproduce', *arguments])
+    (job,) = tool.prepare(commands.parse(tool))
     # A training whose parent was killed keeps the lock that it inherited.
     with tool.lock(job) as descriptor:
         child = subprocess.Popen(
@@ -415,7 +405,7 @@ def test_two_calls_do_not_share_a_work_dir(
 # -------------------------------------------------------------------------------- parts
 
 
-def test_tools_run_as_processes_of_this_python(tool, tmp_path, capfd):
+def test_tools_run_as_processes_of_this_python(tmp_path, capfd):
     script = tmp_path / 'script.py'
     script.write_text(
         'import os, sys\n'
@@ -425,15 +415,15 @@ def test_tools_run_as_processes_of_this_python(tool, tmp_path, capfd):
     with (tmp_path / 'lock').open('w') as lock:
         descriptor = lock.fileno()
         command = ['python', str(script), str(descriptor)]
-        tool.call('train.py', command, descriptor)
+        tool.call('train', command, descriptor)
         assert capfd.readouterr().out.splitlines()[:2] == ['one', sys.executable]
         with pytest.raises(tool.StepError) as failure:
-            tool.call('train.py', [*command, 'fail'], descriptor, quiet=True)
+            tool.call('train', [*command, 'fail'], descriptor, quiet=True)
     assert str(failure.value) == 'tools/train.py: no space left,\nthat is all'
     assert capfd.readouterr().out == ''
 
 
-def test_weights_to_start_from_are_on_record(tool, tmp_path, monkeypatch):
+def test_weights_to_start_from_are_on_record(tmp_path, monkeypatch):
     """By content: their place may change between two calls."""
     pytest.importorskip('mmdet')
     config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
@@ -469,7 +459,7 @@ def test_weights_to_start_from_are_on_record(tool, tmp_path, monkeypatch):
     assert tool.digests(jobs[0].cfg, keys) != tool.digests(jobs[1].cfg, keys)
 
 
-def test_batch_of_another_recipe_is_named_before_training(tool, tmp_path, monkeypatch):
+def test_batch_of_another_recipe_is_named_before_training(tmp_path, monkeypatch):
     pytest.importorskip('mmdet')
     config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
     cfg = import_module('mmengine').Config.fromfile(config)

@@ -1,4 +1,4 @@
-"""compare_seeds.py: table, picture, what it refuses; compare_backbones.sh, its user."""
+"""Comparison of seeds: table, picture, refusals; compare_backbones.sh, its user."""
 
 from __future__ import annotations
 
@@ -8,26 +8,20 @@ import os
 import statistics
 import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-pytest.importorskip('mmengine')
+from mmcls_involution import __main__ as commands
+from mmcls_involution import compat
+from mmcls_involution.engine.config import add_cfg_options, read_config
+from mmcls_involution.runs import compare as tool
 
 ROOT = Path(__file__).parents[2]
 SCORES = dict(slow=[30.0, 31.0, 35.0], quick=[40.0, 44.0])
-
-
-@pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    monkeypatch.syspath_prepend(str(ROOT / 'tools' / 'analysis_tools'))
-    return import_module('compare_seeds')
 
 
 def write_run(
@@ -36,7 +30,7 @@ def write_run(
     """What tools/reproduce.py leaves, as far as it is read."""
     processes = recipe.pop('processes', 2)
     train = dict(config=recipe, processes=processes, changed=[], finished='a.pth')
-    command = "DATA='a b' bash 'the tools/dist_test.sh'"
+    command = "DATA='a b' python -m torch.distributed.run -m mmcls_involution test"
     if processes == 1:
         command = 'python tools/test.py'
     test = dict(
@@ -65,14 +59,14 @@ def runs(tmp_path) -> list[Path]:
     ]
 
 
-def call(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, 'argv', ['compare_seeds.py', *map(str, arguments)])
-    tool.main()
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, 'argv', ['compare', *map(str, arguments)])
+    commands.run('compare')
 
 
-def test_table_and_picture(tool, runs, monkeypatch, tmp_path, capsys):
+def test_table_and_picture(runs, monkeypatch, tmp_path, capsys):
     out = tmp_path / 'new' / 'picture.png'
-    call(tool, monkeypatch, *runs, '--out', out)
+    call(monkeypatch, *runs, '--out', out)
     header, _, slow, quick, *_ = capsys.readouterr().out.splitlines()
     assert header == '| Config | Seeds | mIoU | Difference |'
     assert slow == f'| slow | 3 | 32.00 ± {statistics.stdev(SCORES["slow"]):.2f} |  |'
@@ -84,7 +78,7 @@ def test_table_and_picture(tool, runs, monkeypatch, tmp_path, capsys):
         assert [bool((panel < 0.02).sum() > 20) for panel in panels] == [True] * 3
 
 
-def test_curves_are_those_of_the_logs(tool, runs):
+def test_curves_are_those_of_the_logs(runs):
     configs = tool.group([tool.read_run(folder) for folder in runs])
     assert [[run.seed for run in group] for group in configs.values()] == [
         [0, 1, 2],
@@ -98,7 +92,7 @@ def test_curves_are_those_of_the_logs(tool, runs):
     assert [(line['x'], line['mIoU']) for line in log.val] == [(20, 39.0)]
 
 
-def test_band_spans_the_points_that_all_have(tool):
+def test_band_spans_the_points_that_all_have():
     axis = tool.plt.figure().subplots()
     curves = [[(1, 2.0), (2, 4.0), (3, 1.0)], [(1, 4.0), (2, 8.0)]]
     tool.draw_band(axis, curves, 'C0', 'a')
@@ -116,12 +110,12 @@ def test_band_spans_the_points_that_all_have(tool):
     ],
 )
 def test_what_are_no_repetitions_is_refused(
-    tool, runs, change, message, monkeypatch, tmp_path
+    runs, change, message, monkeypatch, tmp_path
 ):
     arguments = dict(config='slow', seed=3, score=30.0) | change
     runs.append(write_run(tmp_path / 'one more', **arguments))
     with pytest.raises(SystemExit, match=message):
-        call(tool, monkeypatch, *runs, '--out', tmp_path / 'a.png')
+        call(monkeypatch, *runs, '--out', tmp_path / 'a.png')
     assert not (tmp_path / 'a.png').exists()
 
 
@@ -134,7 +128,7 @@ def test_what_are_no_repetitions_is_refused(
     ],
 )
 def test_what_is_not_the_result_of_its_config_is_refused(
-    tool, runs, part, key, value, message, monkeypatch, tmp_path
+    runs, part, key, value, message, monkeypatch, tmp_path
 ):
     file = runs[0] / 'report' / 'record.json'
     record = json.loads(file.read_text())
@@ -143,11 +137,11 @@ def test_what_is_not_the_result_of_its_config_is_refused(
         del record[part][key]
     file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=message):
-        call(tool, monkeypatch, *runs, '--out', tmp_path / 'a.png')
+        call(monkeypatch, *runs, '--out', tmp_path / 'a.png')
 
 
 @pytest.mark.parametrize('missing', ['record', 'test', 'known scores'])
-def test_what_is_missing_is_named(tool, runs, missing, monkeypatch, tmp_path):
+def test_what_is_missing_is_named(runs, missing, monkeypatch, tmp_path):
     file = runs[1] / 'report' / 'record.json'
     record = json.loads(file.read_text())
     if missing == 'test':
@@ -162,7 +156,7 @@ def test_what_is_missing_is_named(tool, runs, missing, monkeypatch, tmp_path):
     if file.exists():
         file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=message):
-        call(tool, monkeypatch, *arguments, '--out', tmp_path / 'a.png')
+        call(monkeypatch, *arguments, '--out', tmp_path / 'a.png')
 
 
 # ----------------------------------------------------------------- compare_backbones.sh
@@ -184,14 +178,13 @@ def run_script(
 
 
 @pytest.mark.parametrize('data', ['bccd', 'camvid'])
-def test_configs_are_compared_by_one_recipe(data, tool, tmp_path):
+def test_configs_are_compared_by_one_recipe(data, tmp_path):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
     import torch
     from mmengine.registry import MODELS
 
-    import_module('mmcls_involution.compat').apply()
-    preflight = import_module('preflight')
+    compat.apply()
     result = run_script(tmp_path, data)
     assert result.returncode == 0, result.stderr
     *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]
@@ -213,12 +206,12 @@ def test_configs_are_compared_by_one_recipe(data, tool, tmp_path):
     ]
 
     parser = argparse.ArgumentParser()
-    preflight.add_cfg_options(parser)
+    add_cfg_options(parser)
     options = parser.parse_args([*flags.pop()]).cfg_options
     assert not flags
     recipes, swaps = [], []
     for config in configs:
-        cfg = preflight.read_config(ROOT / config, options)
+        cfg = read_config(ROOT / config, options)
         model = MODELS.build(cfg.model).eval()
         with torch.inference_mode():
             features = model.extract_feat(torch.zeros(1, 3, 64, 96))

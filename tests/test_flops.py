@@ -1,4 +1,4 @@
-"""tools/analysis_tools: parameters and FLOPs, and that our models are the paper's."""
+"""Parameters and FLOPs, and that our models are the paper's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ import pytest
 import yaml
 from mmengine.config import Config
 
+from mmcls_involution import __main__ as commands
 from mmcls_involution import compat
+from mmcls_involution.flops import build_model
+from mmcls_involution.flops import measure as measure_model
 
 # As the tools do: the stock configs do not import this package.
 compat.apply()
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
 PAPER = yaml.safe_load((CONFIGS / 'paper.yml').read_text())
 
@@ -29,14 +32,13 @@ def tool(monkeypatch):
 
 
 @pytest.fixture
-def flops(tool):
+def flops():
     """Measure a config of ours, or one inherited from elsewhere, with changes."""
-    get_flops = tool('get_flops')
 
     def measure(config, shape, *parts, **options):
         cfg = Config.fromfile(config)
         cfg.merge_from_dict({k.replace('__', '.'): v for k, v in options.items()})
-        return get_flops.measure(get_flops.build_model(cfg), shape, parts)
+        return measure_model(build_model(cfg), shape, parts)
 
     return measure
 
@@ -190,12 +192,12 @@ def test_frozen_and_training_only_parts(flops):
 
 
 @pytest.fixture
-def get_flops(tool, monkeypatch):
-    """Run get_flops.py in this process."""
+def get_flops(monkeypatch):
+    """Run the command ``flops``."""
 
     def run(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['get_flops.py', *map(str, arguments)])
-        tool('get_flops').main()
+        monkeypatch.setattr(sys, 'argv', ['flops', *map(str, arguments)])
+        commands.run('flops')
 
     return run
 

@@ -1,0 +1,24 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+# Where the output is no terminal rich would squeeze tables into 80 columns.
+console = Console(width=None if Console().is_terminal else 140)
+
+
+def print_table(title: str, rows: list[dict[str, object]]) -> None:
+    """Print dicts with the same keys as a table."""
+    console.print(f'\n{title}', style='bold', highlight=False)
+    table = Table()
+    for key in rows[0]:
+        table.add_column(str(key), justify='right')
+    for row in rows:
+        table.add_row(*(_format(value) for value in row.values()))
+    console.print(table)
+
+
+def _format(value: object) -> str:
+    return f'{value:.3g}' if isinstance(value, float) else str(value)

@@ -1,0 +1,1 @@
+"""What can be wrong with a data set, looked for before a run or in full."""

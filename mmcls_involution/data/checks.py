@@ -1,0 +1,245 @@
+"""Which checks a data set of a config gets: before a run, and in full."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from pathlib import Path
+
+import cv2
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+from rich.progress import track
+
+from mmcls_involution.data import coco, folders, images, segmentation
+from mmcls_involution.data.rules import Files, Finding
+from mmcls_involution.engine.config import dicts, is_local, missing, registered
+from mmcls_involution.engine.errors import UserError
+
+# Parts of a model whose num_classes is the number of the data set's.
+HEADS = ('bbox_head', 'mask_head', 'decode_head', 'head')
+# Models that count otherwise: they read the class names as text.
+BY_TEXT = {'detector', 'language_model', 'text_encoder'}
+
+
+def data_sets(cfg: Config, split: str) -> list[tuple[str, dict]]:
+    """The data sets of a split, by their places, without the wrappers around them."""
+    name = f'{split}_dataloader'
+    return [
+        (path, part)
+        for path, part in dicts((cfg.get(name) or {}).get('dataset'), f'{name}.dataset')
+        if {'ann_file', 'data_root', 'data_prefix'} & set(part)
+    ]
+
+
+# ------------------------------------------------------------------------ before a run
+
+
+def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
+    """Look for what would stop or spoil a run at once, without reading the data.
+
+    Args:
+        cfg (Config): The whole config.
+        split (str): ``train``, ``val`` or ``test``.
+    """
+    for path, part in data_sets(cfg, split):
+        yield from check_quickly(cfg, path, part)
+    name = f'{split}_evaluator'
+    for path, evaluator in dicts(cfg.get(name), name):
+        if is_local(evaluator, file := evaluator.get('ann_file')):
+            key = f'{path}.ann_file'
+            if message := missing(Path(file), key, cfg):
+                yield Finding('missing path', message)
+            yield from _check_evaluator(key, evaluator, cfg.get(f'{split}_dataloader'))
+
+
+def _check_evaluator(
+    key: str, evaluator: dict, loader: dict | None
+) -> Iterator[Finding]:
+    """An evaluator must compare with the annotations of the data set."""
+    dataset = (loader or {}).get('dataset') or {}
+    if evaluator.get('type') != 'CocoMetric' or dataset.get('type') != 'CocoDataset':
+        return
+    used = Path(dataset.get('data_root') or '', dataset.ann_file)
+    if used.absolute() != Path(evaluator['ann_file']).absolute():
+        yield Finding(
+            'other annotations',
+            f'{key} is {evaluator["ann_file"]}, but the data set reads {used}: the '
+            f'metrics would be wrong. Set both, with --cfg-options {key}={used}.',
+        )
+
+
+def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
+    """Check the files, classes and categories of one data set's config.
+
+    Args:
+        cfg (Config): The whole config.
+        path (str): Where in it the data set is.
+        dataset (dict): The data set's config.
+    """
+    cls = registered(DATASETS, dataset.get('type'))
+    root = dataset.get('data_root') or ''
+    prefix = dataset.get('data_prefix') or {}
+    if isinstance(prefix, str):
+        prefix = {'': prefix}
+    parts = {'data_root': '', 'ann_file': dataset.get('ann_file')}
+    parts |= {f'data_prefix.{key}'.rstrip('.'): part for key, part in prefix.items()}
+    if dataset.get('download', True) and _can_download(cls):
+        parts = {}
+    for key, part in parts.items():
+        if is_local(dataset, part or root):
+            place = Path(root, part or '').expanduser()
+            if message := missing(place, f'{path}.{key}', cfg):
+                yield Finding('missing path', message)
+                return
+
+    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str):
+        file = Path(classes).expanduser()
+        if not file.is_file():
+            yield Finding(
+                'classes as text',
+                f'{path}: classes is the text {classes!r}, and no file has that name. '
+                f"A single class is written classes=('{classes}',), with a comma, or "
+                f'on the command line classes="[{classes}]".',
+            )
+            return
+        classes = file.read_text().splitlines()
+    if classes is None:
+        classes = getattr(cls, 'METAINFO', {}).get('classes')
+    if classes is None:
+        return
+    classes = list(classes)
+    ann_file = dataset.get('ann_file')
+    if is_local(dataset, ann_file) and coco.loads_as_coco(cls):
+        yield from coco.check_quickly(
+            path,
+            Path(root, ann_file).expanduser(),
+            Path(root, prefix.get('img', '')),
+            classes,
+        )
+    # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
+    # videos.
+    if 'thing_classes' not in getattr(cls, 'METAINFO', {}) and not BY_TEXT & {
+        *cfg.model
+    }:
+        yield from _check_heads(cfg, path, classes)
+
+
+def _can_download(cls: type | None) -> bool:
+    return cls is not None and 'download' in inspect.signature(cls).parameters
+
+
+def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding]:
+    for head_path, head in dicts(cfg.model, 'model'):
+        *_, name = [name for name in head_path.split('.') if not name.isdigit()]
+        number = head.get('num_classes')
+        if (
+            name in HEADS
+            and isinstance(number, int)
+            and not head.get('class_agnostic')
+            and number != len(classes)
+        ):
+            yield Finding(
+                'number of classes',
+                f'{head_path}.num_classes is {number}, but {path} has {len(classes)} '
+                f'classes ({", ".join(map(str, classes[:10]))}'
+                f'{", ..." if len(classes) > 10 else ""})',
+            )
+
+
+# ----------------------------------------------------------------------------- in full
+
+
+def format_of(kind: type) -> Callable[..., tuple[list[Finding], list[Files]]]:
+    """The function that checks data sets of a class.
+
+    Raises:
+        UserError: If the class reads its data in a way of its own.
+    """
+    if coco.loads_as_coco(kind):
+        return coco.check_coco
+    families = dict(
+        BaseSegDataset=segmentation.check_segmentation,
+        CustomDataset=folders.check_classification,
+    )
+    for base in kind.__mro__:
+        if 'load_data_list' in vars(base) and base.__name__ in families:
+            return families[base.__name__]
+        if 'load_data_list' in vars(base):
+            break
+    raise UserError(
+        f'{kind.__name__} reads its data in a way that check_dataset does not know: '
+        'expected one that reads like CocoDataset, BaseSegDataset or CustomDataset'
+    )
+
+
+def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Finding]:
+    """Check one data set of a config, its config first, every image and label of it.
+
+    Args:
+        cfg (Config): The whole config.
+        path (str): Where in it the data set is.
+        part (dict): The data set's config.
+        workers (int): Processes that decode images.
+
+    Raises:
+        UserError: If it cannot be checked at all.
+    """
+    if not is_local(part, 'any'):
+        raise UserError(f'{path}: check_dataset reads local files, not backend_args')
+    check = format_of(registered(DATASETS, part.get('type')))
+    found = list(check_quickly(cfg, path, part))
+    # Read nothing yet, and build no transforms.
+    dataset = DATASETS.build({**part, 'pipeline': [], 'lazy_init': True})
+    more, files = check(dataset, cfg)
+    print(f'{path}: {len(files)} images', flush=True)
+    if not found and not more and not files:
+        more = [Finding('missing image', path, 'the data set holds no image')]
+    return found + more + list(_decode(files, workers))
+
+
+def check_files(files: Files) -> list[Finding]:
+    """Decode an image and its label map in full, and compare them."""
+    found, size = images.check_image(files.image, files.size)
+    if files.label is not None:
+        found += segmentation.check_label(files.label, size, files.values)
+    return found
+
+
+def _decode(files: list[Files], workers: int) -> Iterator[Finding]:
+    """Check images and label maps in ``workers`` processes, under a progress bar."""
+    show = partial(track, description='decoding', total=len(files))
+    # More processes than chunks of work would start for nothing.
+    workers = min(workers, math.ceil(len(files) / 16))
+    if not files:
+        return
+    if workers <= 1:
+        for found in show(map(check_files, files)):
+            yield from found
+        return
+    pool = ProcessPoolExecutor(workers, initializer=_start_worker)
+    try:
+        chunk = max(1, min(64, len(files) // (8 * workers)))
+        for found in show(pool.map(check_files, files, chunksize=chunk)):
+            yield from found
+    except BrokenProcessPool as error:
+        raise UserError(
+            'a worker process was ended from outside, most likely for want of memory: '
+            'try --workers 1'
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """One thread per process; the decoders' own words, and Ctrl-C, go nowhere."""
+    cv2.setNumThreads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

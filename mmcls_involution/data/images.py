@@ -1,0 +1,70 @@
+"""Images: reading them, and what is wrong with those that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from mmcls_involution.data.rules import Finding
+
+
+def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
+    """Read an image, or say which file is missing or broken.
+
+    Args:
+        path (Path): Image file.
+        flags (int): OpenCV's read mode. Defaults to colour, BGR.
+
+    Returns:
+        np.ndarray: [H, W, 3], or [H, W] where ``flags`` and the file say so.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be decoded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f'image {path} is missing')
+    # Not cv2.imread: it fills up a JPEG that is cut short, and only prints a warning.
+    content = np.fromfile(path, dtype=np.uint8)
+    image = cv2.imdecode(content, flags) if content.size else None
+    if image is None:
+        raise ValueError(
+            f'image {path} cannot be decoded: it is damaged, download it again'
+        )
+    return image
+
+
+def check_image(
+    path: str, expected: tuple[int, int] | None
+) -> tuple[list[Finding], tuple[int, int] | None]:
+    """Decode an image in full; give what is wrong, and its width and height.
+
+    Args:
+        path (str): Of the image.
+        expected (tuple[int, int], optional): The size that its annotations say.
+    """
+    try:
+        height, width = read_image(Path(path)).shape[:2]
+        if int(cv2.__version__.split('.')[0]) < 5:
+            # It may fill up a JPEG that is cut short. Pillow never does.
+            with Image.open(path) as file:
+                file.load()
+    except FileNotFoundError:
+        return [Finding('missing image', path)], None
+    except (OSError, ValueError, cv2.error):
+        return [Finding('undecodable image', path)], None
+    size = width, height
+    if expected in (None, size):
+        return [], size
+    detail = f'is {times(size)}, its annotations say {times(expected)}'
+    if expected == size[::-1]:
+        detail += ' (turned by its EXIF orientation?)'
+    return [Finding('image size', path, detail)], size
+
+
+def times(size: tuple[int, int]) -> str:
+    """A width and a height as text."""
+    return f'{size[0]}x{size[1]}'

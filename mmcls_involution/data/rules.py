@@ -1,0 +1,138 @@
+"""Every rule about data, once: what is wrong, what to do, when it is looked for.
+
+The checks give a :class:`Finding` for each place where one is broken.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Something that data must not be.
+
+    Args:
+        name (str): What is wrong, as the report calls it.
+        fix (str): What it leads to where that is not plain, and what to do about it.
+        quick (bool): Whether it is looked for before each run too, and stops it.
+            Defaults to False: only the full check looks for it.
+    """
+
+    name: str
+    fix: str
+    quick: bool = False
+
+
+# In the order of the report.
+_RULES = (
+    Rule('missing path', 'put it there, or name its place', quick=True),
+    Rule('classes as text', "write a single one ('NAME',), with a comma", quick=True),
+    Rule('no COCO file', 'write it anew, in its format', quick=True),
+    Rule(
+        'classes',
+        'set metainfo.classes to these, or to some of them in the same order, and '
+        'num_classes of the heads to their number',
+        quick=True,
+    ),
+    Rule(
+        'image folder',
+        'set data_prefix=dict(img=...) to the folder of the photos, relative to '
+        'data_root',
+        quick=True,
+    ),
+    Rule(
+        'number of classes',
+        'make them equal: set num_classes of the head, or metainfo.classes of the '
+        'data set',
+        quick=True,
+    ),
+    Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
+    Rule(
+        'malformed entry',
+        'the annotation file must give it in its format; write it anew',
+    ),
+    Rule('missing image', 'get it again, or take it out of the annotations'),
+    Rule('undecodable image', 'damaged: get it again'),
+    Rule(
+        'image size',
+        'the annotations are of another image, or it was resized or turned',
+    ),
+    Rule(
+        'duplicate', 'must be unique: training stops, or the later one hides the first'
+    ),
+    Rule('unknown image', 'the annotation belongs to no image and is not used'),
+    Rule('unknown category', 'its boxes are not used; set metainfo.classes to name it'),
+    Rule('box without area', 'not used in training; draw it again, or take it out'),
+    Rule('box outside the image', 'cut off in training; the box or the size is wrong'),
+    Rule('no mask', 'the config trains masks, and training stops here; draw it'),
+    Rule('missing label', 'training stops here; get it again, or take the image away'),
+    Rule(
+        'missing labelTrainIds',
+        'make them: pip install cityscapesscripts; python $(python -c "import mmseg; '
+        'print(mmseg.__path__[0])")/.mim/tools/dataset_converters/cityscapes.py '
+        'data/cityscapes --nproc 8',
+    ),
+    Rule('undecodable label', 'damaged, or no label map: get it again'),
+    Rule('label size', 'the label is of another image, or one of them was resized'),
+    Rule(
+        'label value', 'number the classes from 0 to their number - 1; 255 is ignored'
+    ),
+    Rule(
+        'empty class folder', 'a class without images; get them again, or merge classes'
+    ),
+)
+RULES = {rule.name: rule for rule in _RULES}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A place where a rule is broken.
+
+    Args:
+        rule (str): Its name, of :data:`RULES`.
+        place (str): Where.
+        detail (str): What exactly. Defaults to ''.
+    """
+
+    rule: str
+    place: str
+    detail: str = ''
+
+    def __str__(self) -> str:
+        return f'{self.place}: {self.detail}' if self.detail else self.place
+
+    @property
+    def message(self) -> str:
+        """Where, what, and what to do; one that ends in a full stop says it itself."""
+        if str(self).endswith('.'):
+            return str(self)
+        fix = RULES[self.rule].fix
+        return f'{self}. {fix[0].upper()}{fix[1:]}.'
+
+
+@dataclass(frozen=True)
+class Files:
+    """An image, and what the annotations say about it.
+
+    Args:
+        image (str): Path.
+        size (tuple[int, int], optional): Width and height in pixels.
+        label (str, optional): Path of its segmentation map.
+        values (frozenset[int], optional): The values that the map may have.
+    """
+
+    image: str
+    size: tuple[int, int] | None = None
+    label: str | None = None
+    values: frozenset[int] | None = None
+
+
+def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:
+    """Findings about items that occur more than once."""
+    for item, count in Counter(map(repr, items)).items():
+        if count > 1:
+            yield Finding('duplicate', f'{what} {item}', f'{count} times')

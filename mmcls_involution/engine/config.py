@@ -1,0 +1,293 @@
+"""Reading configs: files, options, and what comes near to a name that is not there."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.logging import print_log
+from mmengine.registry import RUNNERS, Registry, init_default_scope
+from mmengine.runner import Runner
+
+from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
+
+PRECEDENCE = (
+    'Where a setting is given twice: flag > --cfg-options > config file > default '
+    '(work_dir: ./work_dirs/<name of the config>).'
+)
+PACKAGE = Path(__file__).resolve().parents[1]
+# The folder that holds configs: the checkout, or what an installation has of it.
+ROOT = PACKAGE.parent
+if not (ROOT / 'configs' / 'paper.yml').is_file():
+    ROOT = PACKAGE / '.mim'
+# default_scope -> what pip installs for it
+LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that training and testing share."""
+    parser.epilog = PRECEDENCE
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and results')
+    add_cfg_options(parser)
+    parser.add_argument(
+        '--no-pin-memory',
+        action='store_true',
+        help='do not pin the memory of the data loaders',
+    )
+    parser.add_argument(
+        '--no-persistent-workers',
+        action='store_true',
+        help='start the data loader workers anew for each epoch',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=('none', 'pytorch', 'slurm', 'mpi'),
+        default='none',
+        help='how several processes are started; see tools/dist.sh',
+    )
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that overrides settings of the config."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='settings that override the config, such as '
+        'train_dataloader.batch_size=4; a list is written key="[a,b]" or key=a,b, '
+        'without spaces',
+    )
+
+
+def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
+    """Read a config, and make the library that it is for the default scope.
+
+    Args:
+        path: Of the file.
+        options: Settings that override it; see :func:`add_cfg_options`.
+            Defaults to None.
+
+    Raises:
+        UserError: If the file is missing or not a config, a key is misspelled, or the
+            library it is for is not installed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'Config not found: {path}.{_similar_files(path)}')
+    try:
+        cfg = Config.fromfile(path)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f'Cannot read the config {path}: {type(error).__name__}: {error}'
+        ) from error
+
+    options = options or {}
+    known = {*cfg, *_runner_arguments()}
+    for option in options:
+        key = option.split('.')[0]
+        if key not in known:
+            raise UserError(
+                f'--cfg-options {option}: the config has no {key!r}.'
+                + did_you_mean(key, known)
+            )
+    cfg.merge_from_dict(options)
+    for key in set(cfg) - _runner_arguments():
+        close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
+        if close:
+            raise UserError(
+                f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
+                '(Rename it if it is a variable of yours.)'
+            )
+
+    scope = cfg.setdefault('default_scope', 'mmengine')
+    if importlib.util.find_spec(scope) is None:
+        fix = did_you_mean(scope, LIBRARIES)
+        if scope in LIBRARIES:
+            fix = f' In the repository: pip install -e ".[{LIBRARIES[scope]}]"'
+        raise UserError(
+            f'default_scope of {path} is {scope!r}, and no library of that name is '
+            f'installed.{fix}'
+        )
+    init_default_scope(scope)
+    return cfg
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the flags common to training and testing.
+
+    Args:
+        args: Parsed flags; see :func:`add_common_arguments`.
+
+    Raises:
+        UserError: As of :func:`read_config`; or if the launcher needs a GPU and there
+            is none.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = read_config(args.config, args.cfg_options)
+    cfg.launcher = args.launcher
+    if args.work_dir is not None:
+        cfg.work_dir = args.work_dir
+    elif cfg.get('work_dir') is None:
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    _set_dataloader_defaults(cfg, args)
+    if args.launcher != 'none' and not torch.cuda.is_available():
+        _distribute_on_cpu(cfg)
+    return cfg
+
+
+def _runner_arguments() -> set[str]:
+    """Top-level keys that have a meaning to MMEngine."""
+    return {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
+        'activation_checkpointing',
+        'compile',
+        'custom_imports',
+        'efficient_conv_bn_eval',
+        'find_unused_parameters',
+        'model_wrapper_cfg',
+        'runner_type',
+        'sync_bn',
+        'tta_model',
+        'tta_pipeline',
+    }
+
+
+def _similar_files(path: Path) -> str:
+    """Name the config files whose path resembles ``path``."""
+    folder = path.parent
+    while not folder.is_dir():
+        folder = folder.parent
+    if folder == Path():
+        folder = Path('configs')
+    files = [str(file) for file in folder.glob('**/*.py')]
+    return did_you_mean(str(path), files)
+
+
+def _set_dataloader_defaults(cfg: Config, args: argparse.Namespace) -> None:
+    """Complete the data loaders with what this machine can do."""
+    for split in ('train', 'val', 'test'):
+        loader = cfg.get(f'{split}_dataloader')
+        if not loader:
+            continue
+        if cfg.default_scope == 'mmpretrain':  # what its own tools/train.py assumes
+            loader.setdefault('pin_memory', True)
+            loader.setdefault('persistent_workers', True)
+            loader.setdefault('collate_fn', dict(type='default_collate'))
+        if args.no_pin_memory or get_device() == 'cpu':
+            loader.pin_memory = False
+        if args.no_persistent_workers or loader.get('num_workers', 0) == 0:
+            loader.persistent_workers = False
+
+
+def _distribute_on_cpu(cfg: Config) -> None:
+    """Let several processes train without a GPU: gloo, and BN in place of SyncBN.
+
+    MMEngine would select a CUDA device and give it to DistributedDataParallel.
+    """
+    if cfg.launcher != 'pytorch':
+        raise UserError(
+            f'--launcher {cfg.launcher} needs a GPU and torch sees none. On CPU, start '
+            'the processes with tools/dist.sh.'
+        )
+    if os.environ.get('RANK') == '0':
+        print_log('No GPU: the processes communicate by gloo, on CPU')
+    cfg.merge_from_dict({'env_cfg.dist_cfg.backend': 'gloo'})
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    )
+    for _, part in dicts(cfg.get('model', {})):
+        if part.get('type') == 'SyncBN':
+            part['type'] = 'BN'
+    cfg.pop('sync_bn', None)
+
+
+def registered(registry: Registry, kind: Any) -> Any:
+    """The class of a ``type`` in a config, looked up in its default scope.
+
+    Raises:
+        UserError: If no class has that name.
+    """
+    if not isinstance(kind, str):
+        return kind
+    with registry.switch_scope_and_registry(None) as registry:
+        found = registry.get(kind)
+        if found is None:
+            raise UserError(unknown_type(registry, kind))
+        return found
+
+
+def places(cfg: Config) -> dict[str, str]:
+    """The environment variables that a config reads as {{$NAME:default}}."""
+    return dict(re.findall(r'\{\{\$(\w+):(\S*?)\}\}', cfg.text))
+
+
+def missing(path: Path, key: str, cfg: Config | None = None) -> str | None:
+    """What to say of a path that does not exist; None for one that does.
+
+    Args:
+        path: The path.
+        key: The flag, or the key of the config, that gave it.
+        cfg: The config, where it gave the path. Defaults to None.
+    """
+    if path.exists():
+        return None
+    parent = path.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    message = f'{key}: {path} does not exist (the nearest folder that does: {parent}).'
+    if cfg is not None:
+        ways = [
+            f'the environment variable {name}'
+            for name, default in places(cfg).items()
+            if str(path).startswith(os.environ.get(name, default))
+        ]
+        ways.append(f'--cfg-options {key}=PLACE')
+        message += f' Put it there, or name its place with {" or ".join(ways)}.'
+    return message
+
+
+def is_local(cfg: dict, path: Any) -> bool:
+    """Whether a path that a part of a config gives is one of this machine."""
+    backend = (cfg.get('backend_args') or {}).get('backend', 'local')
+    return (
+        bool(path)
+        and isinstance(path, str)
+        and backend == 'local'
+        and '://' not in path
+    )
+
+
+def dicts(cfg: Any, path: str = '') -> Iterator[tuple[str, dict]]:
+    """All dicts inside ``cfg`` with their dotted paths, outermost first."""
+    if isinstance(cfg, dict):
+        yield path, cfg
+        items: Any = cfg.items()
+    elif isinstance(cfg, (list, tuple)):
+        items = enumerate(cfg)
+    else:
+        return
+    for key, value in items:
+        yield from dicts(value, f'{path}.{key}' if path else str(key))
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of the config: its ``runner_type``, or MMEngine's."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)

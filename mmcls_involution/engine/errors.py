@@ -1,0 +1,161 @@
+"""One message for what the person who typed the command can put right."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import functools
+import inspect
+import pickle
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import weight_init
+from mmengine.registry import Registry
+
+from mmcls_involution import compat
+from mmcls_involution.weights.fit import Misfit
+
+
+class UserError(Exception):
+    """Something that the person who typed the command can put right."""
+
+
+# What a wrong value in a config raises while something is built from it.
+CAUSED_BY_CONFIG = (AssertionError, KeyError, OSError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def one_message_per_error() -> Iterator[None]:
+    """End the program with one message for what the user can put right.
+
+    Other exceptions, which are bugs, keep their traceback.
+    """
+    try:
+        compat.check_versions()
+        with _builds_on_record():
+            yield
+        return
+    except KeyboardInterrupt:
+        sys.exit('Interrupted; training goes on from its last checkpoint with --resume')
+    except (UserError, Misfit, pickle.UnpicklingError) as error:
+        message = str(error)
+    except ImportError as error:
+        message = (
+            f'{error}\n`python -m mmcls_involution.doctor` checks the installation'
+        )
+    except torch.OutOfMemoryError as error:
+        message = (
+            f'{error}\nTry a smaller train_dataloader.batch_size (--cfg-options), '
+            '--amp, or model.backbone.with_cp=True, which recomputes activations.'
+        )
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            raise
+    if torch.distributed.is_initialized():
+        message = f'[rank {torch.distributed.get_rank()}] {message}'
+    sys.exit(f'Error: {message}')
+
+
+@contextlib.contextmanager
+def _builds_on_record() -> Iterator[None]:
+    """Note on an exception which part of a config was being built when it arose.
+
+    The innermost one; the exception itself stays what it is, for those who catch it.
+    """
+
+    def noting(build: Callable[..., Any], registry_first: bool) -> Callable[..., Any]:
+        @functools.wraps(build)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return build(*args, **kwargs)
+            except CAUSED_BY_CONFIG as error:
+                if not hasattr(error, 'explanation'):
+                    first, second = args[:2] if registry_first else args[1::-1]
+                    error.explanation = _explain_build(error, first, second)
+                raise
+
+        return wrapper
+
+    stock = Registry.build, weight_init.build_from_cfg
+    Registry.build = noting(Registry.build, registry_first=True)
+    # MMEngine builds initializers without Registry.build.
+    weight_init.build_from_cfg = noting(stock[1], registry_first=False)
+    try:
+        yield
+    finally:
+        Registry.build, weight_init.build_from_cfg = stock
+
+
+def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None:
+    """A message for an error that building ``cfg`` from ``registry`` has raised."""
+    if not isinstance(cfg, dict | Config):
+        return None
+    kind = built = cfg.get('type', cfg.get('runner_type'))
+    with registry.switch_scope_and_registry(cfg.get('_scope_')) as registry:
+        if isinstance(kind, str):
+            built = registry.get(kind)
+            if built is None:
+                return unknown_type(registry, kind)
+    text = str(error)
+    unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
+    if unexpected and unexpected[1] in cfg and inspect.isclass(built):
+        accepted = {
+            name
+            for base in built.__mro__
+            for name in inspect.signature(base.__init__).parameters
+        }
+        return (
+            f'{built.__name__} has no argument {unexpected[1]!r}.'
+            f'{did_you_mean(unexpected[1], accepted)}'
+        )
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return (
+        f'Cannot build {getattr(built, "__name__", kind)} from the config: '
+        f'{type(error).__name__}: {text} ({where.filename}:{where.lineno})'
+    )
+
+
+def _explain(error: Exception) -> str | None:
+    """A message for an error that config or machine caused; None for any other."""
+    if isinstance(error, OSError) and error.errno in (
+        errno.EACCES,
+        errno.ENOSPC,
+        errno.EROFS,
+    ):
+        return str(error)
+    # MMEngine's, where init_cfg.prefix does not fit the checkpoint
+    if str(error).endswith('is not in the pretrained model'):
+        return (
+            f'{error}: no name in it begins so. For a bare backbone set '
+            "model.backbone.init_cfg.prefix=None; the authors' weights go through "
+            'tools/model_converters/rednet_to_mmcls_involution.py.'
+        )
+    return getattr(error, 'explanation', None)
+
+
+def unknown_type(registry: Registry, kind: str) -> str:
+    """Say that no class of a registry has the name ``kind``, and which are close."""
+    names: set[str] = set()
+    parent: Registry | None = registry
+    while parent is not None:
+        names |= set(parent.module_dict)
+        parent = parent.parent
+    return (
+        f'No {registry.name} is called {kind!r} in {registry.scope}.'
+        f'{did_you_mean(kind, names)} A class of your own is registered by '
+        'custom_imports in the config.'
+    )
+
+
+def did_you_mean(word: str, candidates: Iterable[Any]) -> str:
+    """A question that names up to three close candidates; '' where none is close."""
+    close = difflib.get_close_matches(word, [str(c) for c in candidates], 3)
+    return f' Did you mean {" or ".join(close)}?' if close else ''

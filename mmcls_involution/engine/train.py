@@ -1,0 +1,159 @@
+"""Train a detector, a segmenter or a classifier: any config of MMDetection,
+MMSegmentation or MMPretrain, on a GPU or on the CPU.
+
+    python -m mmcls_involution train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] ...
+
+Several GPUs or machines: tools/dist.sh, tools/slurm.sh.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import time
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from mmcls_involution.engine.checks import check
+from mmcls_involution.engine.config import (
+    add_common_arguments,
+    build_runner,
+    load_config,
+)
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.engine.hooks import LossCheck, WeightsCheck
+from mmcls_involution.weights.files import (
+    check_checkpoint,
+    latest_checkpoint,
+    starting_points,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from this checkpoint, or without a value from the newest one in '
+        'the work dir, if there is one',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='train in mixed precision (needs a GPU)'
+    )
+    parser.add_argument(
+        '--auto-scale-lr',
+        action='store_true',
+        help='scale the learning rate by the batch size over all GPUs, relative to '
+        'auto_scale_lr.base_batch_size of the config',
+    )
+    parser.add_argument(
+        '--no-validate', action='store_true', help='do not evaluate while training'
+    )
+    add_common_arguments(parser)
+
+
+def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
+    """Write the flags of training into the config."""
+    if args.no_validate:
+        cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
+    if args.auto_scale_lr:
+        # MMPretrain's configs give the batch size alone, MMDetection's also `enable`.
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
+            raise UserError(
+                '--auto-scale-lr: the config does not say for which batch size its '
+                'learning rate is. Add auto_scale_lr=dict(base_batch_size=...).'
+            )
+        cfg.auto_scale_lr.enable = True
+    use_amp(cfg, args.amp)
+
+    if args.resume not in (None, 'auto'):
+        check_checkpoint(args.resume, '--resume')
+        cfg.resume, cfg.load_from = True, args.resume
+    elif args.resume == 'auto' or (cfg.get('resume') and not cfg.get('load_from')):
+        latest = latest_checkpoint(Path(cfg.work_dir))
+        cfg.resume = latest is not None
+        if latest is None:
+            print_log(f'Nothing to resume in {cfg.work_dir}: training starts anew')
+        else:
+            cfg.load_from = str(latest)
+
+
+def use_amp(cfg: Config, requested: bool) -> None:
+    """Choose the optimizer wrapper for ``--amp`` and for what the machine has."""
+    wrapper = cfg.get('optim_wrapper') or {}
+    kind = wrapper.get('type', 'OptimWrapper')
+    if requested and get_device() == 'cpu':
+        raise UserError(
+            '--amp needs a GPU, and torch sees none. Without the flag the CPU trains '
+            'in float32.'
+        )
+    if requested and kind == 'AmpOptimWrapper':
+        print_log('--amp: the config uses AMP already', level=logging.WARNING)
+    elif requested and kind == 'OptimWrapper':
+        wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+    elif requested:
+        raise UserError(
+            f'--amp replaces an OptimWrapper, and the config has a {kind}. Set the '
+            'precision in the config.'
+        )
+    elif kind == 'AmpOptimWrapper' and get_device() == 'cpu':
+        print_log(
+            'The config uses AMP, which needs a GPU; the CPU trains in float32',
+            level=logging.WARNING,
+        )
+        wrapper['type'] = 'OptimWrapper'
+        for argument in ('loss_scale', 'dtype', 'use_fsdp'):
+            wrapper.pop(argument, None)
+
+
+def set_aside_checkpoints(runner: Runner) -> None:
+    """Move the checkpoints of an earlier run out of the way of this one.
+
+    A run that does not go on from its work dir would overwrite them one by one.
+    """
+    work_dir = Path(runner.work_dir)
+    starts = starting_points(runner.cfg)
+    earlier = sorted(work_dir.glob('*.pth'))
+    if not earlier:
+        return
+    for key, start in starts.items():
+        if Path(start).absolute().parent != work_dir:
+            continue
+        if runner.cfg.get('resume'):
+            return
+        raise UserError(
+            f"{key} is a checkpoint in this run's own work dir {work_dir}, which "
+            'training would overwrite. Give another --work-dir, or go on with --resume.'
+        )
+    folder = work_dir / time.strftime('earlier_%Y%m%d_%H%M%S')
+    folder.mkdir()
+    for file in [*earlier, work_dir / 'last_checkpoint']:
+        if file.exists():
+            shutil.move(file, folder)
+    runner.logger.warning(
+        f'{work_dir} holds the checkpoints of an earlier run: moved to {folder}. '
+        '(To go on from them, use --resume.)'
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command ``train``."""
+    cfg = load_config(args)
+    apply_flags(cfg, args)
+    check(cfg, ('train', 'val'))
+    runner = build_runner(cfg)
+    runner.register_hook(LossCheck())
+    runner.register_hook(WeightsCheck(complete=False))
+    if is_main_process():
+        set_aside_checkpoints(runner)
+    runner.train()
+    print_log(f'Done. Checkpoints and logs: {runner.work_dir}', logger='current')

@@ -1,0 +1,1 @@
+"""What trainings and tests leave: records, logs, reports, comparisons of seeds."""

@@ -1,0 +1,229 @@
+r"""Compare configs over several seeds, from the work dirs of tools/reproduce.py.
+
+    for seed in 0 1 2; do
+        python -m mmcls_involution reproduce CONFIG.py OTHER.py --seed $seed \
+            --work-dir runs/$seed
+    done
+    python -m mmcls_involution compare runs/*/CONFIG runs/*/OTHER
+
+Prints a Markdown table: mean and sample standard deviation of the test scores, and how
+far each config is from the first. Draws loss and validation scores over the training,
+as means with a band from the lowest to the highest seed, and every test score.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.runs.logs import Log, plt, read_log
+from mmcls_involution.runs.metrics import METRICS, per_cent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its test.
+
+    Args:
+        folder: Its work dir.
+        config: Name of its config.
+        seed: Of the training.
+        recipe: Fingerprints of the config's parts that decide the training, and the
+            number of processes.
+        scores: Of the test, as MMEngine names and scales them.
+        log: Losses and validation scores, by iteration.
+    """
+
+    folder: Path
+    config: str
+    seed: int
+    recipe: dict[str, Any]
+    scores: dict[str, float]
+    log: Log
+
+
+def read_run(folder: Path) -> Run:
+    """Read what tools/reproduce.py has left in a work dir.
+
+    Raises:
+        UserError: If it has left no training with a test of it there, or the scores
+            are not those of the config.
+    """
+    try:
+        record = json.loads((folder / 'report' / 'record.json').read_text())
+        train, test = record['train'], record['test']
+        changed, last = train['changed'], folder / train['finished']
+        recipe = dict(**train['config'], processes=train['processes'])
+        # '[NAME=VALUE ...] python -m mmcls_involution test CONFIG ...'; earlier ones
+        # ran tools/test.py, or tools/dist_test.sh
+        words = [Path(word) for word in shlex.split(test['command'])]
+        (name, *_) = [w.stem for w in words if w.suffix == '.py' and w.stem != 'test']
+        seed, scores = test['meta']['seed'], test['scores']
+    except (OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f'{folder} has no training that is finished and tested '
+            f'({type(error).__name__}: {error}). Name work dirs of tools/reproduce.py.'
+        ) from error
+    problem = None
+    if changed:
+        problem = f'{", ".join(changed)} of the config was changed during the training'
+    elif Path(test['checkpoint']).resolve() != last.resolve():
+        problem = f'the scores are of {test["checkpoint"]}, not of {last}'
+    if problem:
+        raise UserError(
+            f'{folder}: {problem}. Run tools/reproduce.py again, in a new work dir if '
+            'need be.'
+        )
+    # By iteration, so that configs with epochs and without fit one axis.
+    log = read_log(folder, by_epoch=False)
+    return Run(folder, name, seed, recipe, scores, log)
+
+
+def group(runs: list[Run]) -> dict[str, list[Run]]:
+    """Sort runs by config, in the order in which they were given.
+
+    Raises:
+        UserError: If two runs of a config differ in more than the seed, or in nothing.
+    """
+    configs: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        for other in configs[run.config]:
+            if other.recipe != run.recipe:
+                raise UserError(
+                    f'{other.folder} and {run.folder} have trained {run.config} with '
+                    'different settings: they are no repetitions of one another.'
+                )
+            if other.seed == run.seed:
+                raise UserError(
+                    f'{other.folder} and {run.folder} have the same seed, {run.seed}.'
+                )
+        configs[run.config].append(run)
+    return dict(configs)
+
+
+def tested(runs: list[Run], key: str) -> list[float]:
+    """One score of several tests, in per cent, as far as it could be computed."""
+    scores = (per_cent(key, run.scores) for run in runs)
+    return [score for score in scores if score is not None]
+
+
+def table(configs: dict[str, list[Run]], keys: list[str]) -> str:
+    """Means, standard deviations and differences, as a Markdown table."""
+    labels = [METRICS[key].label for key in keys]
+    lines = [
+        '| Config | Seeds |' + ''.join(f' {x} | Difference |' for x in labels),
+        '| :-- | :-: |' + ' :-: | :-: |' * len(keys),
+    ]
+    first: dict[str, float] = {}
+    for name, runs in configs.items():
+        line = f'| {name} | {len(runs)} |'
+        for key in keys:
+            scores, digits = tested(runs, key), METRICS[key].digits
+            if not scores:
+                line += ' – | – |'
+                continue
+            mean = statistics.mean(scores)
+            line += f' {mean:.{digits}f}'
+            if len(scores) > 1:
+                line += f' ± {statistics.stdev(scores):.{digits}f}'
+            difference = f'{mean - first[key]:+.{digits}f}' if key in first else ''
+            line += f' | {difference} |'
+            first.setdefault(key, mean)
+        lines.append(line)
+    return '\n'.join(lines)
+
+
+def plot(configs: dict[str, list[Run]], keys: list[str], out: Path) -> None:
+    """Draw the losses, and for each score its course and the tests."""
+    figure, axes = plt.subplots(
+        1, 1 + 2 * len(keys), figsize=(4.2 * (1 + 2 * len(keys)), 3.8), squeeze=False
+    )
+    loss, *others = axes[0]
+    loss.set(xlabel='iteration', ylabel='training loss')
+    for i, (name, runs) in enumerate(configs.items()):
+        color = f'C{i}'
+        points = [
+            [(line['step'], line['loss']) for line in run.log.train if 'loss' in line]
+            for run in runs
+        ]
+        number = f'{len(runs)} seed{"s" if len(runs) > 1 else ""}'
+        draw_band(loss, points, color, f'{name}, {number}')
+        for key, course, tests in zip(keys, others[::2], others[1::2], strict=True):
+            points = [
+                [
+                    (line['x'], per_cent(key, line))
+                    for line in run.log.val
+                    if key in line
+                ]
+                for run in runs
+            ]
+            draw_band(course, points, color, None)
+            label = f'{METRICS[key].label}, per cent'
+            course.set(xlabel='iteration', ylabel=f'validation {label}')
+            scores = tested(runs, key)
+            tests.plot([i] * len(scores), scores, 'o', color=color, alpha=0.6)
+            if scores:
+                mean = statistics.mean(scores)
+                tests.hlines(mean, i - 0.25, i + 0.25, color=color)
+            tests.set(ylabel=f'test {label}', xlim=(-0.6, len(configs) - 0.4))
+            tests.set_xticks([])
+    for axis in axes[0]:
+        axis.grid(alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
+    figure.legend(loc='outside upper center', ncols=len(configs), frameon=False)
+    figure.set_layout_engine('constrained')
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+def draw_band(
+    axis: plt.Axes, curves: list[list[tuple]], color: str, label: str | None
+) -> None:
+    """Draw the mean of curves where all have a point, between lowest and highest."""
+    values = defaultdict(list)
+    for curve in curves:
+        for x, y in curve:
+            if y is not None:
+                values[x].append(y)
+    xs = sorted(x for x, ys in values.items() if len(ys) == len(curves))
+    means = [statistics.mean(values[x]) for x in xs]
+    marker = '.' if len(xs) < 20 else None
+    axis.plot(xs, means, color=color, label=label, marker=marker)
+    lows, highs = ([f(values[x]) for x in xs] for f in (min, max))
+    axis.fill_between(xs, lows, highs, color=color, alpha=0.2, linewidth=0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument(
+        'work_dirs', nargs='+', type=Path, metavar='WORK_DIR', help='one for each run'
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=Path('work_dirs/comparison.png'),
+        help='picture to write (default: %(default)s)',
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command ``compare``."""
+    configs = group([read_run(folder) for folder in args.work_dirs])
+    found = {key for runs in configs.values() for run in runs for key in run.scores}
+    keys = [key for key in METRICS if key in found]
+    if not keys:
+        raise UserError(
+            f'None of the scores is known: {", ".join(sorted(found)) or "none"}. '
+            f'Expected one of {", ".join(METRICS)}.'
+        )
+    print(table(configs, keys))
+    plot(configs, keys, args.out)
+    print(f'\nWritten: {args.out}')
