@@ -1,4 +1,4 @@
-"""Tiny data sets for tests that run the tools; tests/tiny has configs for them."""
+"""Random numbers, and tiny data for the tools; tests/tiny has configs for it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import functools
 import importlib
 import json
 import os
+import random
 from pathlib import Path
+
+# One thread each: pytest-xdist has a worker per core already, and threads that wait for
+# one another burn processor time. Libraries read it when they are imported, the
+# processes that tests start inherit it.
+os.environ['OMP_NUM_THREADS'] = '1'
 
 import numpy as np
 import pytest
@@ -18,6 +24,27 @@ if not torch.cuda.is_available():
     os.environ['TRITON_INTERPRET'] = '1'
 
 COCO_CLASSES = ('square', 'bar')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--seed', type=int, help='of the random numbers in tests (default: a fresh one)'
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.seed is None:  # the workers of pytest-xdist get that of the run
+        config.option.seed = random.randrange(2**32)
+
+
+@pytest.fixture(autouse=True)
+def random_numbers(request: pytest.FixtureRequest) -> None:
+    """The same in every test of a run; pytest shows what is printed if a test fails."""
+    seed = request.config.option.seed
+    print(f'--seed {seed} repeats the random numbers')
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -49,9 +49,7 @@ def operators(request, monkeypatch):
 
 @pytest.fixture
 def rng(request):
-    seed = np.random.SeedSequence().entropy % 2**32
-    print(f'seed {seed}')
-    return np.random.default_rng(seed)
+    return np.random.default_rng(request.config.option.seed)
 
 
 # ------------------------------------------------------------------ against mmcv itself

@@ -93,8 +93,10 @@ def test_generators_are_what_they_stand_for(
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+# Along random directions, and of every element.
+@pytest.mark.parametrize('fast', [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize('generator', GENERATORS[1:])
-def test_gradients_of_gradients(generator):
+def test_gradients_of_gradients(generator, fast):
     module = Involution2d(
         *(4, 3, 2), group_channels=2, fused=False, generator=generator
     ).double()
@@ -105,8 +107,8 @@ def test_gradients_of_gradients(generator):
         return torch.func.functional_call(module, state, x)
 
     x = torch.randn(1, 4, 3, 4, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(call, (x, *parameters))
-    assert torch.autograd.gradgradcheck(call, (x, *parameters))
+    assert torch.autograd.gradcheck(call, (x, *parameters), fast_mode=fast)
+    assert torch.autograd.gradgradcheck(call, (x, *parameters), fast_mode=fast)
 
 
 @pytest.mark.parametrize('stride, dilation', [(1, 1), (2, 1), (1, 3)])

@@ -51,6 +51,16 @@ def problem(rng, dtype):
     )
 
 
+def fused_arguments(rng, x, weight, *arguments):
+    """Those of ``native.fused_forward``: something to generate such kernels from."""
+    n, groups, kh, kw, *size = weight.shape
+    rows, channels = groups * kh * kw, rng.randint(1, 40)
+    reduced = torch.randn(n, channels, *size).to(x.dtype)
+    span = torch.randn(rows, channels, 1, 1).to(x.dtype)
+    bias = torch.randn(rows).to(x.dtype) if rng.random() < 0.5 else None
+    return x, reduced, span, bias, (kh, kw), *arguments
+
+
 def run(module, name, arguments):
     return getattr(module, name)(*arguments)
 
@@ -114,20 +124,16 @@ def test_fused_forward(instruction_set, dtype):
     rng = random.Random(f'fused{instruction_set}{dtype}')
     tolerance = 8 if dtype in (torch.float32, torch.float64) else 0.51
     for _ in range(40):
-        x, weight, *arguments = problem(rng, dtype)[0]
-        n, groups, kh, kw, *size = weight.shape
-        rows, channels = groups * kh * kw, rng.randint(1, 40)
-        reduced = torch.randn(n, channels, *size).to(dtype)
-        span = torch.randn(rows, channels, 1, 1).to(dtype)
-        bias = torch.randn(rows).to(dtype) if rng.random() < 0.5 else None
-        doubles = [None if t is None else t.double() for t in (reduced, span, bias)]
-        kernels = torch.nn.functional.conv2d(*doubles).unflatten(1, (groups, kh, kw))
+        x, *generator, size, stride, padding, dilation = fused_arguments(
+            rng, *problem(rng, dtype)[0]
+        )
+        arguments = stride, padding, dilation
+        doubles = [None if t is None else t.double() for t in generator]
+        kernels = torch.nn.functional.conv2d(*doubles).unflatten(1, (-1, *size))
         exact = tap_sum.forward(x.double(), kernels, *arguments)
         for layout in (torch.contiguous_format, torch.channels_last):
             image = x.contiguous(memory_format=layout)
-            ours = native.fused_forward(
-                image, reduced, span, bias, (kh, kw), *arguments
-            )
+            ours = native.fused_forward(image, *generator, size, *arguments)
             error = (ours.double() - exact).abs().max() / exact.abs().max().clamp(1e-30)
             assert error <= tolerance * torch.finfo(dtype).eps
 
@@ -162,7 +168,11 @@ def test_threads_do_not_change_the_result(monkeypatch):
     threads = torch.get_num_threads()
     try:
         for _ in range(10):
-            for name, arguments in zip(NAMES, problem(rng, torch.float32), strict=True):
+            calls = problem(rng, torch.float32)
+            fused = fused_arguments(rng, *calls[0])
+            for name, arguments in zip(
+                (*NAMES, 'fused_forward'), (*calls, fused), strict=True
+            ):
                 results = []
                 for count in (1, 2, 5):
                     torch.set_num_threads(count)
@@ -190,14 +200,23 @@ def test_missing_library_is_said_once(monkeypatch, tmp_path, caplog):
 
 
 @pytest.mark.skipif(shutil.which('g++') is None, reason='g++ is not installed')
-def test_sanitizers_find_nothing(tmp_path):
+@pytest.mark.parametrize(
+    'level, number',
+    [
+        # A third of the time to compile, and no access is optimized away.
+        ('-O0', 500),
+        pytest.param('-O1', 5000, marks=pytest.mark.long),
+    ],
+)
+def test_sanitizers_find_nothing(level, number, tmp_path):
     program = tmp_path / 'fuzz_native'
-    flags = ['-std=c++17', '-O1', '-pthread', f'-I{SOURCES}']
+    flags = ['-std=c++17', level, '-pthread', f'-I{SOURCES}']
     sanitizers = ['-fsanitize=address,undefined', '-fno-sanitize-recover=all']
     sources = [Path(__file__).with_name('fuzz_native.cpp'), *SOURCES.glob('*.cpp')]
     subprocess.run(
         ['g++', *flags, *sanitizers, *map(str, sources), '-o', str(program)], check=True
     )
-    result = subprocess.run([program, '500', '0'], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert '500 problems agree' in result.stdout
+    command = [str(program), str(number), str(random.randrange(2**31))]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, (command, result.stdout + result.stderr)
+    assert f'{number} problems agree' in result.stdout
