@@ -13,7 +13,7 @@ from pathlib import Path
 OLDEST = (3, 10)
 
 
-def check_python(version=sys.version_info):
+def check_python(version: tuple = sys.version_info) -> None:
     """Ends the process, with what to do, unless this Python can do the work."""
     if tuple(version[:2]) < OLDEST:
         sys.exit(
