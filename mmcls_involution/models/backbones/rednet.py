@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.utils.checkpoint as cp
@@ -19,28 +19,36 @@ from mmcls_involution.weights.fit import Fit, Misfit
 from ..layers import Involution2d
 
 
+class _OnCopiesOfBuffers:
+    """While it is entered, a module's buffers are copies: what is written is lost.
+
+    torch enters the same one again for each backward pass through a checkpoint, which
+    a generator's context does not survive.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.own = [(m, m._buffers) for m in self.module.modules() if m._buffers]
+        for m, buffers in self.own:
+            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
+
+    def __exit__(self, *error: object) -> None:
+        for m, buffers in self.own:
+            m._buffers = buffers
+
+
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module):
     """`function(x)`, run again in the backward pass instead of kept; it uses `module`.
 
     Unlike a bare checkpoint, this updates running statistics once.
     """
-
-    @contextmanager
-    def on_copies_of_buffers() -> Iterator[None]:
-        own = [(m, m._buffers) for m in module.modules() if m._buffers]
-        for m, buffers in own:
-            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
-        try:
-            yield
-        finally:
-            for m, buffers in own:
-                m._buffers = buffers
-
     return cp.checkpoint(
         function,
         x,
         use_reentrant=False,
-        context_fn=lambda: (nullcontext(), on_copies_of_buffers()),
+        context_fn=lambda: (nullcontext(), _OnCopiesOfBuffers(module)),
     )
 
 
@@ -202,7 +210,7 @@ class RedNet(BaseModule):
             Defaults to None: ``dict(type='BN', requires_grad=True)``.
         norm_eval (bool): Keep the running statistics of batch norm layers fixed in
             training. Defaults to False.
-        with_cp (bool): Recompute blocks in the backward pass to save memory.
+        with_cp (bool): Recompute stem and blocks in the backward pass to save memory.
             Defaults to False.
         zero_init_residual (bool): Start every block as the identity.
             Defaults to True.
@@ -290,6 +298,7 @@ class RedNet(BaseModule):
         self.out_indices = out_indices
         self.frozen_stages = frozen_stages
         self.norm_eval = norm_eval
+        self.with_cp = with_cp
         self.zero_init_residual = zero_init_residual
         norm_cfg = norm_cfg or dict(type='BN', requires_grad=True)
         involution_cfg = dict(dict(norm_cfg=norm_cfg), **(involution_cfg or {}))
@@ -403,9 +412,7 @@ class RedNet(BaseModule):
         layout = memory_format(x)
         if x.device.type == 'cpu':
             x = x.contiguous(memory_format=torch.channels_last)
-        # Three layers at half the image's size, where ResNet has one: kept, they would
-        # be a sixth of what training holds. torch.compile has its own ways.
-        if self._stem_learns() and not torch.compiler.is_compiling():
+        if self.with_cp and torch.is_grad_enabled():
             x = _recomputed(self._stem, x, self.stem)
         else:
             x = self._stem(x)
@@ -421,13 +428,6 @@ class RedNet(BaseModule):
 
     def _stem(self, x: Tensor) -> Tensor:
         return self.maxpool(self.stem(x))
-
-    def _stem_learns(self) -> bool:
-        return (
-            self.training
-            and torch.is_grad_enabled()
-            and any(p.requires_grad for p in self.stem.parameters())
-        )
 
     def train(self, mode: bool = True) -> RedNet:
         """Set the mode, but for what is frozen and for norm_eval's batch norms."""
