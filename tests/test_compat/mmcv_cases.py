@@ -1,7 +1,8 @@
 """Calls of mmcv's operators whose results by compiled mmcv are kept.
 
 ``python tests/test_compat/mmcv_cases.py`` in an environment with compiled mmcv writes
-``mmcv_golden.npz`` anew. It was made by mmcv 2.1.0, compiled for torch 2.13 on a CPU.
+``tests/golden/mmcv.npz`` anew. It was made by mmcv 2.1.0, compiled for torch 2.13 on a
+CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-GOLDEN = Path(__file__).parent / 'mmcv_golden.npz'
+GOLDEN = Path(__file__).parents[1] / 'golden' / 'mmcv.npz'
 Call = Callable[[], list[Tensor]]
 
 

@@ -34,65 +34,6 @@ def test_depths_have_the_official_size(depth, millions):
     assert count / 1e6 == pytest.approx(millions, abs=0.006)
 
 
-def involution_shapes(prefix, channels, kernel_size):
-    reduced, groups = channels // 4, channels // 16
-    return {
-        f'{prefix}.conv1.conv.weight': (reduced, channels, 1, 1),
-        **norm_shapes(f'{prefix}.conv1.bn', reduced),
-        f'{prefix}.conv2.conv.weight': (groups * kernel_size**2, reduced, 1, 1),
-        f'{prefix}.conv2.conv.bias': (groups * kernel_size**2,),
-    }
-
-
-def norm_shapes(prefix, channels):
-    names = ('weight', 'bias', 'running_mean', 'running_var')
-    shapes = {f'{prefix}.{name}': (channels,) for name in names}
-    return {**shapes, f'{prefix}.num_batches_tracked': ()}
-
-
-def official_shapes(stages, stem_kernel_size):
-    """Keys and shapes of the official RedNet, written out by its rules."""
-    shapes = {
-        'stem.0.conv.weight': (32, 3, 3, 3),
-        **norm_shapes('stem.0.bn', 32),
-        **involution_shapes('stem.1', 32, stem_kernel_size),
-        **norm_shapes('stem.2', 32),
-        'stem.4.conv.weight': (64, 32, 3, 3),
-        **norm_shapes('stem.4.bn', 64),
-    }
-    before = 64
-    for stage, number in enumerate(stages, 1):
-        middle = 32 * 2**stage
-        after = 4 * middle
-        for block in range(number):
-            name = f'layer{stage}.{block}'
-            shapes |= {
-                f'{name}.conv1.weight': (middle, before, 1, 1),
-                **norm_shapes(f'{name}.bn1', middle),
-                **involution_shapes(f'{name}.conv2', middle, 7),
-                **norm_shapes(f'{name}.bn2', middle),
-                f'{name}.conv3.weight': (after, middle, 1, 1),
-                **norm_shapes(f'{name}.bn3', after),
-            }
-            if block == 0:
-                shapes |= {
-                    f'{name}.downsample.0.weight': (after, before, 1, 1),
-                    **norm_shapes(f'{name}.downsample.1', after),
-                }
-            before = after
-    return shapes
-
-
-@pytest.mark.parametrize('stem_kernel_size', [3, 7])
-@pytest.mark.parametrize('depth', RedNet.arch_settings)
-def test_state_dict_has_the_official_names_and_shapes(depth, stem_kernel_size):
-    with torch.device('meta'):
-        model = RedNet(depth, stem_kernel_size=stem_kernel_size)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    expected = official_shapes(RedNet.arch_settings[depth], stem_kernel_size)
-    assert shapes == expected
-
-
 @pytest.mark.parametrize('size', [(1, 1), (32, 32), (33, 47), (65, 30)])
 @pytest.mark.parametrize('style', ['pytorch', 'caffe'])
 def test_levels_of_every_size(size, style):
