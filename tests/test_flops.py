@@ -28,6 +28,8 @@ PAPER = yaml.safe_load((CONFIGS / 'paper.yml').read_text())
 def tool(monkeypatch):
     """Import a module of tools/analysis_tools."""
     monkeypatch.syspath_prepend(ROOT / 'tools' / 'analysis_tools')
+    console = importlib.import_module('benchmark_utils').console
+    monkeypatch.setattr(console, 'width', 1000)  # whatever the terminal, and any path
     return importlib.import_module
 
 

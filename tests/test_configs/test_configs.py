@@ -1,4 +1,4 @@
-"""Every config loads, builds and trains every parameter that it does not freeze."""
+"""Every config loads, builds and is what the paper, or its folder, says."""
 
 import copy
 import functools
@@ -84,8 +84,10 @@ INPUTS = dict(
 )
 
 
+@pytest.mark.long
 @every_config
 def test_a_step_reaches_every_trainable_parameter(file):
+    """At full width; test_train.py trains all configs at a quarter of it."""
     cfg = read(file)
     init_default_scope(cfg.default_scope)
     cfg.model.setdefault('data_preprocessor', cfg.get('data_preprocessor'))

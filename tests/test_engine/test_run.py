@@ -18,7 +18,7 @@ from PIL import Image
 from mmcls_involution import __main__ as commands
 
 torch = pytest.importorskip('torch')
-pytest.importorskip('mmengine')
+Runner = pytest.importorskip('mmengine.runner').Runner
 
 ROOT = Path(__file__).parents[2]
 LIBRARIES = dict(detector='mmdet', segmenter='mmseg', classifier='mmpretrain')
@@ -370,10 +370,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture
 def train_shipped(
     tool: Tool, data: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Path, Path], None]:
+) -> Callable[..., Runner]:
     """Train a config of ours for two iterations, a quarter or half as wide."""
+    runners: list[Runner] = []
+    train_runner = Runner.train
 
-    def train(file: Path, work_dir: Path, *options: str) -> None:
+    def record(runner: Runner) -> torch.nn.Module:
+        runners.append(runner)
+        return train_runner(runner)
+
+    monkeypatch.setattr(Runner, 'train', record)
+
+    def train(file: Path, work_dir: Path, *options: str) -> Runner:
         task, variable = FOLDERS[file.parent.name]
         name = 'imagenet' if file.parent.name == 'ablations' else file.parent.name
         options = [
@@ -405,6 +413,7 @@ def train_shipped(
             options.append('model.train_cfg.rcnn.sampler.num=16')
         arguments = ['--work-dir', work_dir, '--no-validate', '--cfg-options', *options]
         assert tool('train', task, file, *arguments) == ''
+        return runners.pop()
 
     return train
 
@@ -434,13 +443,18 @@ def test_every_config_trains_on_data_of_its_format(
     if file in PRETRAINED:
         monkeypatch.setenv('REDNET50', str(request.getfixturevalue('pretrained')))
     keep_none = ['checkpoint.interval=-1', 'checkpoint.save_last=False']
-    train_shipped(file, tmp_path, *(f'default_hooks.{o}' for o in keep_none))
+    runner = train_shipped(file, tmp_path, *(f'default_hooks.{o}' for o in keep_none))
     logs = next(tmp_path.glob('*/vis_data/scalars.json')).read_text().splitlines()
     losses = [json.loads(line)['loss'] for line in logs if '"loss"' in line]
     assert len(losses) == 2 and np.isfinite(losses).all()
     text = next(tmp_path.glob('*/*.log')).read_text()
     assert ('load backbone. in model from' in text) is (file in PRETRAINED)
     assert 'in source state_dict' not in text  # keys missing or unexpected
+    parameters = dict(runner.model.named_parameters())
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    assert len(trained) > 50
+    reached = runner.optim_wrapper.optimizer.state  # has what a gradient came to
+    assert {name for name, p in parameters.items() if p in reached} == trained
 
 
 @pytest.mark.parametrize(

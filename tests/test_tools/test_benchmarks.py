@@ -1,9 +1,11 @@
 """The benchmarks run to their end and write what they print; figures are not judged."""
 
+import contextlib
 import csv
 import ctypes
 import importlib
 import importlib.util
+import io
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 
 
 def run(name, *arguments):
+    """In a process of its own, as users do; gives what it prints."""
     command = [sys.executable, TOOLS / name, '--device', 'cpu', *arguments]
     result = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=TOOLS.parents[1]
@@ -38,17 +41,35 @@ def test_dry_run_lists_backends_and_shapes(tmp_path):
     assert not (tmp_path / 'a').exists()
 
 
+@pytest.fixture(scope='module')
+def benchmark_op():
+    """Run it in this process, which has imported all it needs; gives what it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOLS)
+        tool = importlib.import_module('benchmark_op')
+        patch.setattr(tool.console, 'width', 140)  # whatever the terminal
+
+        def call(*arguments):
+            argv = ['benchmark_op.py', '--device', 'cpu', *map(str, arguments)]
+            patch.setattr(sys, 'argv', argv)
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                tool.main()
+            return out.getvalue()
+
+        yield call
+
+
 def read(path):
     with path.open() as file:
         return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope='module')
-def operator_run(tmp_path_factory):
+def operator_run(benchmark_op, tmp_path_factory):
     """What the benchmark prints, and its file."""
     path = tmp_path_factory.mktemp('op') / 'op.csv'
     arguments = ['--image', '1x32x32', '1x48x32', '--rounds', '1', '--depth', '26']
-    return run('benchmark_op.py', *arguments, '--out', path), path
+    return benchmark_op(*arguments, '--out', path), path
 
 
 @pytest.fixture(scope='module')
@@ -70,10 +91,10 @@ def test_operator(operator_run):
     assert 'USDT' not in out
 
 
-def test_forward_pass_of_one_backend(tmp_path):
+def test_forward_pass_of_one_backend(benchmark_op, tmp_path):
     path = tmp_path / 'op.csv'
     arguments = ['--image', '1x32x32', '--rounds', '1', '--depth', '26', '--out', path]
-    run('benchmark_op.py', *arguments, '--forward-only', '--backend', 'tap_sum')
+    benchmark_op(*arguments, '--forward-only', '--backend', 'tap_sum')
     rows = read(path)
     candidates = {'tap_sum', 'conv3x3', 'two steps', 'fused'}
     assert {row['candidate'] for row in rows} == candidates

@@ -35,7 +35,6 @@ def execute(*command: str | Path, **env: str) -> subprocess.CompletedProcess:
         env={
             **os.environ,
             'PYTHONPATH': os.pathsep.join(map(str, (ROOT, TINY))),
-            'OMP_NUM_THREADS': '1',
             **env,
         },
         capture_output=True,
@@ -79,8 +78,11 @@ def assert_same_training(one: Path, two: Path, last: str) -> None:
 
 
 @on_cpu
-def test_two_processes_train_as_one(seg_root, tmp_path):
-    """An interrupted run, and its resumption on two "machines" of one process each."""
+@pytest.mark.parametrize(
+    'interrupted', [False, pytest.param(True, marks=pytest.mark.long)]
+)
+def test_two_processes_train_as_one(interrupted, seg_root, tmp_path):
+    """On one machine; or there, and resumed on two "machines" of one process each."""
     pytest.importorskip('mmseg')
     config = TINY / 'segmenter_parity.py'
     one, two, data = tmp_path / 'one', tmp_path / 'two', dict(TINY_DATA=str(seg_root))
@@ -93,22 +95,24 @@ def test_two_processes_train_as_one(seg_root, tmp_path):
         *('--work-dir', two, '--cfg-options', 'train_dataloader.batch_size=1'),
         'sync_bn=torch',  # there is none on the CPU
     ]
+    length = 'train_cfg.max_iters=3' if interrupted else 'train_cfg.max_iters=6'
     result = run(
-        'dist.sh', 'train', config, '2', *flags, 'train_cfg.max_iters=3',
-        PORT=free_port(), **data,
-    )  # fmt: skip
+        'dist.sh', 'train', config, '2', *flags, length, PORT=free_port(), **data
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count('No GPU: the processes communicate by gloo') == 1
     assert 'Iter(val) [2/2]' in result.stdout  # four pictures over two processes
 
-    def machine(rank: str) -> subprocess.CompletedProcess:
-        nodes = dict(NNODES='2', NODE_RANK=rank, PORT=port)
-        return run('dist.sh', 'train', config, '1', *flags, '--resume', **nodes, **data)
+    if interrupted:
+        port = free_port()
 
-    port = free_port()
-    with ThreadPoolExecutor() as pool:
-        for result in pool.map(machine, '01'):
-            assert result.returncode == 0, result.stderr[-3000:]
+        def machine(rank: str) -> subprocess.CompletedProcess:
+            env = dict(NNODES='2', NODE_RANK=rank, PORT=port, **data)
+            return run('dist.sh', 'train', config, '1', '--resume', *flags, **env)
+
+        with ThreadPoolExecutor() as pool:
+            for result in pool.map(machine, '01'):
+                assert result.returncode == 0, result.stderr[-3000:]
 
     assert 'sync_bn' not in (two / config.name).read_text()
     assert len(logged(two, 'loss')) == 6
