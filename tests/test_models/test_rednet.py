@@ -326,3 +326,58 @@ def test_weights_for_another_kind_of_stem_are_refused(change, key, checkpoint):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         RedNet(**{**SLIM, **arguments})
+
+
+TWO_STAGES = dict(
+    **SLIM, num_stages=2, strides=(1, 2), dilations=(1, 1), out_indices=(0, 1)
+)
+
+
+def test_compiled_in_one_graph():
+    """Without a break, gradients too; what a compiler makes of the graph is its own."""
+    model = RedNet(**TWO_STAGES).train()
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 3, 37, 50)
+    for ours, theirs in zip(compiled(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for network in (compiled, plain):
+        sum(level.square().mean() for level in network(x)).backward()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_exported_for_every_size():
+    model = RedNet(**TWO_STAGES).eval()
+    sizes = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(1, 3, 37, 50),), dynamic_shapes=(sizes,)
+        ).module()
+        for size in ((37, 50), (64, 33)):
+            x = torch.randn(1, 3, *size)
+            for ours, theirs in zip(program(x), model(x), strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_three_stages():
+    model = RedNet(
+        **SLIM, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)
+    )
+    (level,) = model.eval()(torch.randn(1, 3, 64, 48))
+    assert not hasattr(model, 'layer4')
+    assert level.shape[2:] == (4, 3)
+    assert level.shape[1] == model.layer3[-1].conv3.out_channels
+
+
+def test_conv_cfg_reaches_every_convolution_but_the_generators():
+    model = RedNet(**SLIM, conv_cfg=dict(type='ConvAWS'))
+    kinds = {
+        name: type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+    ours = {name for name, kind in kinds.items() if kind != 'ConvAWS2d'}
+    assert ours == {
+        name for name in kinds if '.conv2.conv' in name or 'stem.1.' in name
+    }
