@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mmcls_involution.ops import BACKENDS, reference
+from mmcls_involution.ops import BACKENDS
+from mmcls_involution.ops.backends import reference
 
 # (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
 # sides, so that a swapped axis shows.

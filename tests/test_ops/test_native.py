@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcls_involution.ops import native, output_size, tap_sum
+from mmcls_involution.ops import output_size
+from mmcls_involution.ops.backends import native, tap_sum
 
 REASON = native.unusable('cpu', torch.float32)
 built = pytest.mark.skipif(bool(REASON), reason=f'{REASON}')

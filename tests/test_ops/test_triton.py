@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from op_cases import CASES, DTYPES, case, pair
 
-from mmcls_involution.ops import involution2d, output_size, reference, tap_sum, triton
-from mmcls_involution.ops.functional import _default_backend
+from mmcls_involution.ops import involution2d, output_size
+from mmcls_involution.ops.backends import default_backend, reference, tap_sum
+from mmcls_involution.ops.backends import triton_kernels as triton
 
 ROOT = Path(__file__).parents[2]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -76,7 +77,7 @@ def assert_close(name, arguments):
 
 @pytest.fixture
 def kernels():
-    from mmcls_involution.ops.triton import kernels
+    from mmcls_involution.ops.backends.triton_kernels import kernels
 
     return kernels
 
@@ -200,7 +201,7 @@ def fused_problem(request, kernels, monkeypatch):
 
     With a bias for the first blocks of the tuner, without for one row.
     """
-    from mmcls_involution.ops.triton import fused_kernels
+    from mmcls_involution.ops.backends.triton_kernels import fused_kernels
 
     case, dtype, blocks = request.param
     if DEVICE == 'cpu' and dtype == torch.bfloat16:
@@ -355,7 +356,7 @@ def test_falls_back_to_plain_pytorch_and_says_so_once(
     triton._gpu_problem.cache_clear()
     try:
         for _ in range(2):
-            assert _default_backend('cuda', torch.float32) == 'tap_sum'
+            assert default_backend('cuda', torch.float32) == 'tap_sum'
             assert triton.unusable('cuda', torch.float32)
         assert len(caplog.records) == 1
         assert re.search(message, caplog.text)
@@ -452,7 +453,7 @@ def test_real_sizes(shape, groups, kernel, stride, layout, dtype):
 
 @on_gpu
 def test_is_the_default():
-    assert _default_backend('cuda', torch.float32) == 'triton'
+    assert default_backend('cuda', torch.float32) == 'triton'
 
 
 @on_gpu

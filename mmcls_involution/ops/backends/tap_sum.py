@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .geometry import memory_format
+from ..geometry import memory_format
 
 
 def _valid_range(size: int, out_size: int, offset: int, stride: int) -> slice:

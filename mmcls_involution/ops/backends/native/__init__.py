@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
+from ...geometry import memory_format
 
 logger = logging.getLogger(__name__)
 

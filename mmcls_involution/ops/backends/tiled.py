@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from .geometry import memory_format
+from ..geometry import memory_format
 
 # On a CPU a tile stays in the cache; elsewhere it is large enough to fill a GPU.
 TILE_BYTES = dict(cpu=4 << 20, other=64 << 20)

@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
+from ...geometry import memory_format
 
 logger = logging.getLogger(__name__)
 
