@@ -5,6 +5,7 @@ The public functions check types; the operators and their fake kernels check sha
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -13,6 +14,14 @@ from torch import Tensor
 from .geometry import output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def switch(variable: str) -> bool | None:
+    """Whether an environment variable says 1 or 0; None if it is not set."""
+    value = os.environ.get(variable, '')
+    if value not in ('', '0', '1'):
+        raise ValueError(f'{variable} must be 0 or 1, got {value!r}')
+    return value == '1' if value else None
 
 
 def check_types(**tensors: Tensor) -> None:

@@ -7,14 +7,13 @@ use them, from the reduced map, which is a twelfth of their size.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from . import registration
 from .backends import BACKENDS, default_backend, named_backend
-from .checks import check_types, pair
+from .checks import check_types, pair, switch
 
 FUSED_VARIABLE = 'MMCLS_INVOLUTION_FUSED'
 
@@ -28,11 +27,9 @@ def fusing_pays(input: Tensor, backend: str | None = None) -> bool:
     Raises:
         ValueError: If the variable or ``backend`` has another value.
     """
-    variable = os.environ.get(FUSED_VARIABLE, '')
-    if variable not in ('', '0', '1'):
-        raise ValueError(f'{FUSED_VARIABLE} must be 0 or 1, got {variable!r}')
-    if variable:
-        return variable == '1'
+    fused = switch(FUSED_VARIABLE)
+    if fused is not None:
+        return fused
     name = named_backend(backend) or default_backend(input.device.type, input.dtype)
     return BACKENDS[name].fused
 

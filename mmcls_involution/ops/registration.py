@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .backends import kernels_of, tiled
+from .backends import choose, choose_fused, tiled
+from .backends.contract import Problem
 from .checks import DTYPES, check_fused, check_involution
 from .geometry import memory_format
 
@@ -32,8 +33,9 @@ def involution2d(
     backend: str,
 ) -> Tensor:
     check_involution(input, weight, stride, padding, dilation)
-    kernels = kernels_of(backend, input)
-    out = kernels.forward(input, weight, stride, padding, dilation)
+    arguments = (stride, padding, dilation)
+    problem = Problem.of('forward', input, input.shape, weight.shape, *arguments)
+    out = choose(backend, problem).forward(input, weight, *arguments)
     return out.contiguous(memory_format=memory_format(input))
 
 
@@ -47,8 +49,10 @@ def grad_of_input(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
-    kernels = kernels_of(backend, grad)
-    out = kernels.grad_input(grad, weight, input_size, stride, padding, dilation)
+    arguments = (stride, padding, dilation)
+    shape = (*grad.shape[:2], *input_size)
+    problem = Problem.of('grad_input', grad, shape, weight.shape, *arguments)
+    out = choose(backend, problem).grad_input(grad, weight, input_size, *arguments)
     return out.contiguous(memory_format=memory_format(grad))
 
 
@@ -62,8 +66,9 @@ def grad_of_weight(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
-    kernels = kernels_of(backend, grad)
-    out = kernels.grad_weight(grad, input, weight_shape, stride, padding, dilation)
+    arguments = (stride, padding, dilation)
+    problem = Problem.of('grad_weight', input, input.shape, weight_shape, *arguments)
+    out = choose(backend, problem).grad_weight(grad, input, weight_shape, *arguments)
     return out.contiguous()
 
 
@@ -201,14 +206,15 @@ def fused_involution2d(
 ) -> Tensor:
     arguments = (stride, padding, dilation)
     shape = check_fused(input, reduced, weight, bias, kernel_size, *arguments)
-    module = kernels_of(backend, input)
-    out = None
-    if hasattr(module, 'fused_forward'):
-        out = module.fused_forward(
-            input, reduced, weight, bias, kernel_size, *arguments
-        )
-    if out is None:
-        out = tiled.forward(module, input, reduced, weight, bias, shape, *arguments)
+    problem = Problem.of(
+        'fused_forward', input, input.shape, shape, *arguments, reduced=reduced.shape[1]
+    )
+    kernels = choose_fused(backend, problem)
+    tensors = (input, reduced, weight, bias)
+    if kernels is None:
+        out = tiled.forward(backend, *tensors, shape, *arguments)
+    else:
+        out = kernels.fused_forward(*tensors, kernel_size, *arguments)
     return out.contiguous(memory_format=memory_format(input))
 
 
@@ -236,16 +242,23 @@ def fused_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the four tensors; empty ones for those that are not `needed`."""
-    module = kernels_of(backend, input)
     tensors = (grad, input, reduced, weight, bias)
-    arguments = (stride, padding, dilation, needed)
-    grads = None
-    if hasattr(module, 'fused_backward'):
-        grads = module.fused_backward(*tensors, kernel_size, *arguments)
-    if grads is None:
-        taps = kernel_size[0] * kernel_size[1]
-        shape = (len(input), len(weight) // taps, *kernel_size, *grad.shape[2:])
-        grads = tiled.backward(module, *tensors, shape, *arguments)
+    arguments = (stride, padding, dilation)
+    taps = kernel_size[0] * kernel_size[1]
+    shape = (len(input), len(weight) // taps, *kernel_size, *grad.shape[2:])
+    problem = Problem.of(
+        'fused_backward',
+        input,
+        input.shape,
+        shape,
+        *arguments,
+        reduced=reduced.shape[1],
+    )
+    kernels = choose_fused(backend, problem)
+    if kernels is None:
+        grads = tiled.backward(backend, *tensors, shape, *arguments, needed)
+    else:
+        grads = kernels.fused_backward(*tensors, kernel_size, *arguments, needed)
     for i, (tensor, need) in enumerate(zip(tensors[1:], needed, strict=True)):
         if not need:
             grads[i] = input.new_empty(0)
