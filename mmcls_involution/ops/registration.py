@@ -143,8 +143,9 @@ grad_of_input.register_autograd(_grad_input_backward, setup_context=_save_two)
 grad_of_weight.register_autograd(_grad_weight_backward, setup_context=_save_two)
 
 
-# Autocast. torch.library.register_autocast casts to one dtype fixed in advance;
-# users choose theirs when they enter autocast.
+# Autocast. torch.library.register_autocast casts to one dtype fixed in advance; users
+# choose theirs when they enter autocast. In the operators, not in the public functions,
+# because an exported program holds operators alone and runs under autocast too.
 
 _library = torch.library.Library('mmcls_involution', 'FRAGMENT')
 
@@ -152,9 +153,8 @@ _library = torch.library.Library('mmcls_involution', 'FRAGMENT')
 def _register_autocast(name: str, operator: Callable, tensors: int) -> None:
     """Cast the first `tensors` arguments of an operator, None among them."""
     for device in ('cpu', 'cuda'):
-        key = f'Autocast{device.upper()}'
 
-        def cast_and_call(*arguments, device=device, key=key):
+        def cast_and_call(*arguments, device=device):
             dtype = torch.get_autocast_dtype(device)
             cast = (
                 t.to(dtype)
@@ -162,12 +162,10 @@ def _register_autocast(name: str, operator: Callable, tensors: int) -> None:
                 else t
                 for t in arguments[:tensors]
             )
-            with torch._C._ExcludeDispatchKeyGuard(
-                torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
-            ):
+            with torch.autocast(device, enabled=False):
                 return operator(*cast, *arguments[tensors:])
 
-        _library.impl(name, cast_and_call, key)
+        _library.impl(name, cast_and_call, f'Autocast{device.upper()}')
 
 
 _register_autocast('involution2d', involution2d, tensors=2)
