@@ -46,7 +46,8 @@ def involution2d(
             Defaults to 1.
         backend (str, optional): A name in :data:`BACKENDS`. Defaults to None: the
             one that the environment variable ``MMCLS_INVOLUTION_BACKEND`` names,
-            else the usable one of highest priority.
+            else the one of highest priority that supports the problem.
+            ``MMCLS_INVOLUTION_LOG=1`` logs each choice, once for each kind of problem.
 
     Returns:
         Tensor: ``[N, C, Ho, Wo]`` in the dtype of ``input`` (under autocast: in
@@ -57,7 +58,7 @@ def involution2d(
         TypeError: If ``input`` or ``weight`` is not a tensor, or stride, padding or
             dilation is not made of ints.
         ValueError: If a rank, shape, dtype, device or group count does not fit, or
-            if the backend is unknown or cannot run this dtype on this device.
+            if the named backend is unknown or does not support the problem.
 
     Example:
         >>> import torch

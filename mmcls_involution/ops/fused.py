@@ -71,8 +71,8 @@ def fused_involution2d(
         stride (int | tuple[int, int]): See :func:`involution2d`. Defaults to 1.
         padding (int | tuple[int, int]): Likewise. Defaults to 0.
         dilation (int | tuple[int, int]): Likewise. Defaults to 1.
-        backend (str, optional): Likewise. Defaults to None. One without a fused forward
-            pass generates all kernels, uses them and drops them.
+        backend (str, optional): Likewise. Defaults to None. What no backend fuses, or
+            not the named one, is done in tiles.
 
     Returns:
         Tensor: ``[N, C, Ho, Wo]``, as :func:`involution2d` returns it.
@@ -80,7 +80,7 @@ def fused_involution2d(
     Raises:
         TypeError: If an argument is of a wrong type.
         ValueError: If a rank, shape, dtype, device or group count does not fit, or
-            if the backend is unknown or cannot run this dtype on this device.
+            if the named backend is unknown or does not support the problem.
 
     Example:
         >>> import torch
