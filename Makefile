@@ -12,7 +12,7 @@ comma := ,
 INSTALLED = $(VENV)/lib/python3*/site-packages
 # Another TORCH, or this folder under another name, is another set-up.
 KEY := $(shell echo '$(TORCH) $(CURDIR)' | cksum | cut -d' ' -f1)
-SOURCES = requirements/tested.txt setup.py pyproject.toml mmcls_involution/version.py $(wildcard mmcls_involution/ops/native/*.cpp mmcls_involution/ops/native/*.h)
+SOURCES = requirements/tested.txt setup.py pyproject.toml mmcls_involution/version.py $(wildcard mmcls_involution/ops/backends/native/*.cpp mmcls_involution/ops/backends/native/*.h)
 
 .PHONY: help setup mmcv demo test test-long lint bench bench-gpu paper-table clean
 .DEFAULT_GOAL := help

@@ -99,9 +99,9 @@ EXTRAS = {
 # Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,
 # so one build serves every torch and every Python from 3.10 on. Where it cannot be
 # compiled the package installs without it and says so when the operator is first used.
-NATIVE = 'mmcls_involution/ops/native'
+NATIVE = 'mmcls_involution/ops/backends/native'
 KERNELS = Extension(
-    'mmcls_involution.ops.native._kernels',
+    'mmcls_involution.ops.backends.native._kernels',
     sources=[
         f'{NATIVE}/{name}.cpp'
         for name in ('native', 'kernels_avx512', 'kernels_avx2', 'kernels_baseline')

@@ -98,18 +98,19 @@ def check_ops() -> Found:
     import torch
 
     from mmcls_involution.ops import BACKENDS, involution2d
+    from mmcls_involution.ops.backends.contract import Problem
 
     # kernel 1x1 and one group: the output is the product
     x, weight = torch.rand(1, 4, 3, 5), torch.rand(1, 1, 1, 1, 3, 5)
     if not torch.allclose(involution2d(x, weight), x * weight[:, :, 0, 0]):
         detail = 'involution2d gives a wrong result on this machine: please report it'
         return Found(FAIL, detail, 'make test')
-    reason = BACKENDS['native'].unusable('cpu', torch.float32)
+    reason = BACKENDS['native'].supports(Problem.typical('cpu', torch.float32))
     if reason is not None:
         return Found(WARN, f'slow on the CPU: {reason}', REINSTALL)
     detail = 'mmcls_involution.ops computes, by the C++ kernels'
     if torch.cuda.is_available():
-        reason = BACKENDS['triton'].unusable('cuda', torch.float32)
+        reason = BACKENDS['triton'].supports(Problem.typical('cuda', torch.float32))
         if reason is not None:
             return Found(WARN, f'slow on the GPU: {reason}', TORCH_28)
         detail += ', on GPUs by Triton kernels'

@@ -26,7 +26,7 @@ FILES = ['setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md']
 FILES += ['model-index.yml']
 
 
-KERNELS = 'mmcls_involution/ops/native/_kernels.abi3.so'
+KERNELS = 'mmcls_involution/ops/backends/native/_kernels.abi3.so'
 NO_COMPILER = {'CC': 'false', 'CXX': 'false'}
 # Needs the metafiles, the config and what that inherits.
 GET_MODEL = (
@@ -148,7 +148,7 @@ def test_source_distribution_installs_without_a_compiler(wheel, clone, tmp_path)
     program = program.replace('sdist', 'wheel')
     folder = tmp_path / file.name.removesuffix('.tar.gz')
     names = {str(path.relative_to(folder)) for path in folder.glob('**/*')}
-    sources = clone / 'mmcls_involution' / 'ops' / 'native'
+    sources = clone / 'mmcls_involution' / 'ops' / 'backends' / 'native'
     assert names >= {str(path.relative_to(clone)) for path in sources.iterdir()}
     python('-c', program, tmp_path, cwd=folder, **NO_COMPILER)
     (file,) = tmp_path.glob('*.whl')

@@ -1,6 +1,7 @@
 """The involution operator: torch is all it needs."""
 
-from .functional import BACKENDS, involution2d
+from .backends import BACKENDS
+from .functional import involution2d
 from .fused import fused_involution2d
 from .geometry import output_size
 from .modules import Involution2d

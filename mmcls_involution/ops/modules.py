@@ -8,8 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .functional import _check_input, _grad_weight, _named_backend, involution2d
+from .backends import named_backend
+from .checks import check_input
+from .functional import involution2d
 from .fused import fused_involution2d, fusing_pays
+from .registration import grad_of_weight
 
 # Kernel-generation function -> its convolutions.
 GENERATORS = {
@@ -230,17 +233,17 @@ class Involution2d(nn.Module):
 
     def _relate(self, x: Tensor, padding: int) -> Tensor:
         """Kernels from queries, keys and positions."""
-        _check_input(x)
+        check_input(x)
         query = self.query(self.avgpool(x)) * self.group_channels**-0.5
         positions = self._unflatten(self.position(query))
         # Involution is linear in its kernels: the gradient of <query, involution of
         # key> with respect to them is each query's product with each key of its window.
-        logits = positions + _grad_weight(
+        logits = positions + grad_of_weight(
             query,
             self.key(x),
             positions.shape,
             *((v, v) for v in (self.stride, padding, self.dilation)),
-            _named_backend(self.backend),
+            named_backend(self.backend),
         )
         if self.generator == 'dot_product':
             return logits

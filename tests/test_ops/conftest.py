@@ -17,7 +17,7 @@ def one_candidate(monkeypatch):
     """The tuner gets one, on a GPU: each would be compiled for every test's sizes."""
     if not torch.cuda.is_available():
         return
-    from mmcls_involution.ops.triton import fused_kernels, kernels
+    from mmcls_involution.ops.backends.triton_kernels import fused_kernels, kernels
 
     def first(*arguments, **constants):
         return kernels._candidates(*arguments, **constants)[:1]

@@ -17,8 +17,8 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 
-from mmcls_involution.ops import triton as ops  # noqa: E402
-from mmcls_involution.ops.triton import fused_kernels, kernels  # noqa: E402
+from mmcls_involution.ops.backends import triton_kernels as ops  # noqa: E402
+from mmcls_involution.ops.backends.triton_kernels import fused_kernels, kernels  # noqa: E402
 
 TUNERS = (
     *(kernels.forward, kernels.grad_input, kernels.grad_weight),

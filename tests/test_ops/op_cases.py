@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from mmcls_involution.ops import BACKENDS, reference
+from mmcls_involution.ops import BACKENDS
+from mmcls_involution.ops.backends import reference
+from mmcls_involution.ops.backends.contract import Problem
 
 # (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
 # sides, so that a swapped axis shows.
@@ -27,7 +29,7 @@ NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'
 
 
 def runnable(name, device):
-    reason = BACKENDS[name].unusable(device, torch.float32)
+    reason = BACKENDS[name].supports(Problem.typical(device, torch.float32))
     return pytest.param(
         (name, device),
         marks=pytest.mark.skipif(bool(reason), reason=str(reason)),

@@ -24,8 +24,8 @@ from mmcls_involution.ops import (
     fused_involution2d,
     involution2d,
     output_size,
-    tiles,
 )
+from mmcls_involution.ops.backends import tiled
 
 
 def make(
@@ -48,10 +48,10 @@ def two_steps(input, reduced, weight, bias=None, *, kernel_size, **arguments):
 
 
 def set_tiles(monkeypatch, size):
-    monkeypatch.setattr(tiles, 'TILE_BYTES', dict(cpu=size, other=size))
+    monkeypatch.setattr(tiled, 'TILE_BYTES', dict(cpu=size, other=size))
 
 
-@pytest.mark.parametrize('size', [tiles.TILE_BYTES['cpu'], 4000, 1])
+@pytest.mark.parametrize('size', [tiled.TILE_BYTES['cpu'], 4000, 1])
 @backend_name
 @pytest.mark.parametrize('bias', [True, False])
 @case
@@ -199,14 +199,14 @@ def test_no_more_kernels_than_a_tile_holds(shape, monkeypatch):
     set_tiles(monkeypatch, 1 << 18)
     sizes = []
 
-    generate = tiles._generate
+    generate = tiled._generate
 
     def record(*arguments):
         result = generate(*arguments)
         sizes.append(result.nbytes)
         return result
 
-    monkeypatch.setattr(tiles, '_generate', record)
+    monkeypatch.setattr(tiled, '_generate', record)
     tensors, arguments = make(shape, 2, (7, 7), 1, 3, 1)
     fused_involution2d(*tensors, **arguments, backend='tap_sum').sum().backward()
     assert len(sizes) >= 8

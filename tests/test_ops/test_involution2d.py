@@ -17,7 +17,8 @@ from op_cases import (
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import involution2d, output_size, reference
+from mmcls_involution.ops import involution2d, output_size
+from mmcls_involution.ops.backends import reference
 
 
 def make(shape, groups, kernel, stride, padding, dilation, dtype=torch.float64):

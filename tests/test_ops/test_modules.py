@@ -260,6 +260,38 @@ def test_export_with_dynamic_sizes(stride, generator):
         torch.testing.assert_close(program(x), module(x))
 
 
+@pytest.mark.parametrize('fused', [False, True])
+def test_exported_program_runs_under_autocast(fused):
+    module = Involution2d(16, fused=fused).eval()
+    x = torch.randn(2, 16, 9, 7)
+    program = torch.export.export(module, (x,)).module()
+    with torch.autocast('cpu', torch.bfloat16):
+        out, expected = program(x), module(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize('fused', [False, True])
+def test_compile_under_autocast_without_graph_breaks(fused):
+    module = Involution2d(16, 3, fused=fused)
+
+    def call(x):
+        with torch.autocast('cpu', torch.bfloat16):
+            return module(x)
+
+    compiled = torch.compile(call, fullgraph=True, backend='aot_eager')
+    x = torch.randn(2, 16, 9, 7, requires_grad=True)
+    ours, expected = compiled(x), call(x)
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, expected)
+    torch.testing.assert_close(
+        *(
+            torch.autograd.grad(out.float().square().sum(), x)
+            for out in (ours, expected)
+        )
+    )
+
+
 @pytest.mark.parametrize('generator', ['bottleneck', 'attention'])
 def test_compile_without_graph_breaks_for_changing_sizes(generator):
     module = Involution2d(16, 3, stride=2, generator=generator)

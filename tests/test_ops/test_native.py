@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcls_involution.ops import native, output_size, tap_sum
+from mmcls_involution.ops import output_size
+from mmcls_involution.ops.backends import native, tap_sum
+from mmcls_involution.ops.backends.contract import Problem
 
-REASON = native.unusable('cpu', torch.float32)
+REASON = native.supports(Problem.typical('cpu', torch.float32))
 built = pytest.mark.skipif(bool(REASON), reason=f'{REASON}')
 SOURCES = Path(native.__file__).parent
 NAMES = ('forward', 'grad_input', 'grad_weight')
@@ -190,7 +192,7 @@ def test_missing_library_is_said_once(monkeypatch, tmp_path, caplog):
     native._library.cache_clear()
     try:
         for _ in range(2):
-            reason = native.unusable('cpu', torch.float32)
+            reason = native.supports(Problem.typical('cpu', torch.float32))
             assert reason == (
                 'the C++ kernels were not built; install with a C++ compiler'
             )

@@ -22,15 +22,18 @@ import torch
 import torch.nn.functional as F
 from op_cases import CASES, DTYPES, pair
 
-from mmcls_involution.ops import involution2d, output_size, reference, tap_sum, triton
-from mmcls_involution.ops.functional import _default_backend
+from mmcls_involution.ops import involution2d, output_size
+from mmcls_involution.ops.backends import default_backend, reference, tap_sum
+from mmcls_involution.ops.backends import triton_kernels as triton
+from mmcls_involution.ops.backends.contract import Problem
 
 ROOT = Path(__file__).parents[2]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 if importlib.util.find_spec('triton') is None:
     pytest.skip('Triton is not installed', allow_module_level=True)
 on_gpu = pytest.mark.skipif(
-    triton.unusable('cuda', torch.float32) is not None, reason='needs an NVIDIA GPU'
+    triton.supports(Problem.typical('cuda', torch.float32)) is not None,
+    reason='needs an NVIDIA GPU',
 )
 LAYOUTS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 layout = pytest.mark.parametrize('layout', LAYOUTS.values(), ids=LAYOUTS)
@@ -78,7 +81,7 @@ def assert_close(name, arguments):
 
 @pytest.fixture
 def kernels():
-    from mmcls_involution.ops.triton import kernels
+    from mmcls_involution.ops.backends.triton_kernels import kernels
 
     return kernels
 
@@ -213,7 +216,7 @@ def fused_problem(request, kernels, monkeypatch):
 
     With a bias for the first blocks of the tuner, without for one row.
     """
-    from mmcls_involution.ops.triton import fused_kernels
+    from mmcls_involution.ops.backends.triton_kernels import fused_kernels
 
     case, dtype, blocks = request.param
     if DEVICE == 'cpu' and dtype == torch.bfloat16:
@@ -299,20 +302,6 @@ def test_fused_backward_of_some_alone(needed):
             assert torch.equal(ours, right)
 
 
-@pytest.mark.parametrize(
-    'dtype, side, channels',
-    [(torch.float64, 3, 4), (torch.float32, 9, 4), (torch.float32, 3, 33)],
-)
-def test_what_fused_kernels_leave_to_tiles(dtype, side, channels):
-    """float64, more taps than registers hold, dear generation of single values."""
-    x, z = torch.zeros(1, 2, 4, 5).to(dtype), torch.zeros(1, channels, 4, 5).to(dtype)
-    weight, padding = torch.zeros(side**2, channels, 1, 1).to(dtype), (side // 2,) * 2
-    arguments = (x, z, weight, None, (side, side), (1, 1), padding, (1, 1))
-    assert triton.fused_backward(x, *arguments, (True,) * 3 + (False,)) is None
-    if channels == 4:
-        assert triton.fused_forward(*arguments) is None
-
-
 def test_mixed_memory_formats():
     """Gradients of a format of their own, and one that is expanded."""
     forward, grad_input, grad_weight = problem(
@@ -333,14 +322,6 @@ def test_one_output_pixel_of_a_channels_last_image():
     )
     for name, arguments in zip(NAMES, calls, strict=True):
         assert_close(name, arguments)
-
-
-def test_too_many_pixels_are_refused(monkeypatch):
-    monkeypatch.setattr(triton, 'MOST_PIXELS', 40)
-    x = torch.zeros(2, 4, 5, 5, device=DEVICE)
-    weight = torch.zeros(2, 1, 1, 1, 5, 5, device=DEVICE)
-    with pytest.raises(ValueError, match='at most 40 pixels.*2 images of 5x5.*tap_sum'):
-        triton.forward(x, weight, (1, 1), (0, 0), (1, 1))
 
 
 @pytest.mark.parametrize(
@@ -368,8 +349,8 @@ def test_falls_back_to_plain_pytorch_and_says_so_once(
     triton._gpu_problem.cache_clear()
     try:
         for _ in range(2):
-            assert _default_backend('cuda', torch.float32) == 'tap_sum'
-            assert triton.unusable('cuda', torch.float32)
+            assert default_backend('cuda', torch.float32) == 'tap_sum'
+            assert triton.supports(Problem.typical('cuda', torch.float32))
         assert len(caplog.records) == 1
         assert re.search(message, caplog.text)
     finally:
@@ -475,7 +456,7 @@ def test_real_sizes(shape, groups, kernel, stride, layout, dtype):
 
 @on_gpu
 def test_is_the_default():
-    assert _default_backend('cuda', torch.float32) == 'triton'
+    assert default_backend('cuda', torch.float32) == 'triton'
 
 
 @on_gpu

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmcls_involution.ops import BACKENDS, output_size, reference
+from mmcls_involution.ops import BACKENDS, output_size
+from mmcls_involution.ops.backends import reference
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
 

@@ -13,13 +13,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from benchmark_utils import console, describe_machine, print_table, time_in_turns
+from benchmark_utils import describe_machine, time_in_turns
 from torch import Tensor
 
 from mmcls_involution import compat
 from mmcls_involution.compat import mmcv_ops
 from mmcls_involution.compat.mmcv_ops import lane
 from mmcls_involution.compat.mmcv_ops.operators import OPERATORS
+from mmcls_involution.console import console, print_table
 
 
 def random_rois(n: int, smallest: float, largest: float, batch: int = 2) -> Tensor:

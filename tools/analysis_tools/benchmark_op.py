@@ -34,6 +34,7 @@ from torch import Tensor
 from mmcls_involution.console import console, print_table
 from mmcls_involution.models import Involution2d, RedNet
 from mmcls_involution.ops import BACKENDS, fused_involution2d, involution2d
+from mmcls_involution.ops.backends.contract import Problem
 
 IMAGES = ('8x224x224', '1x800x1216', '2x512x1024')
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -250,11 +251,12 @@ def speedups(
 def main() -> None:
     args = parse_args()
     dtype = DTYPES[args.dtype]
+    typical = Problem.typical(torch.device(args.device).type, dtype)
     backends = []
     for name, backend in BACKENDS.items():
         if args.backend and name not in args.backend:
             continue
-        reason = backend.unusable(torch.device(args.device).type, dtype)
+        reason = backend.supports(typical)
         priority = 'by name only' if backend.priority is None else backend.priority
         console.print(f'backend {name}: {reason or "usable"} (priority: {priority})')
         if reason is None:

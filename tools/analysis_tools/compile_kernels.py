@@ -21,7 +21,7 @@ from benchmark_utils import write_csv
 from rich.progress import track
 
 from mmcls_involution.console import console, print_table
-from mmcls_involution.ops.triton import block_channels, span_blocks
+from mmcls_involution.ops.backends.triton_kernels import block_channels, span_blocks
 
 NAMES = (
     *('forward', 'grad_input', 'grad_weight'),
@@ -115,7 +115,7 @@ def main() -> None:
     # The report is the assembler's; a kernel from the cache has none.
     os.environ.update(TRITON_DUMP_PTXAS_LOG='1', TRITON_ALWAYS_COMPILE='1')
     try:
-        from mmcls_involution.ops.triton import fused_kernels, kernels
+        from mmcls_involution.ops.backends.triton_kernels import fused_kernels, kernels
     except ImportError as error:
         raise SystemExit(f'needs Triton ({error}): pip install triton') from None
 

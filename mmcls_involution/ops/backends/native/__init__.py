@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
+from ...geometry import memory_format
+from ..contract import Pair, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ FORWARD, GRAD_INPUT, GRAD_WEIGHT = range(3)
 _Pair = ctypes.c_int64 * 2
 
 
-class _Problem(ctypes.Structure):
+class _CProblem(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
@@ -56,7 +57,7 @@ def _library() -> ctypes.CDLL | None:
     library.involution.argtypes = [
         ctypes.c_int32,
         ctypes.c_int32,
-        ctypes.POINTER(_Problem),
+        ctypes.POINTER(_CProblem),
         ctypes.c_void_p * 4,
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -77,9 +78,9 @@ def _parallel_for() -> ctypes.c_void_p | None:
     return ctypes.cast(function, ctypes.c_void_p)
 
 
-def unusable(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run there, or None if they can."""
-    if device != 'cpu':
+def supports(problem: Problem) -> str | None:
+    """Everything on the CPU, if the kernels were built."""
+    if problem.device != 'cpu':
         return 'the C++ kernels run on the CPU alone'
     if _library() is None:
         return 'the C++ kernels were not built; install with a C++ compiler'
@@ -98,7 +99,7 @@ def _run(
 ) -> Tensor:
     """Fill ``out``; every tensor lies in memory as involution.h says."""
     pairs = (weight_shape[2:4], input_shape[2:], weight_shape[4:], *arguments)
-    problem = _Problem(
+    problem = _CProblem(
         *input_shape[:2],
         weight_shape[1],
         reduced,
@@ -128,11 +129,7 @@ def _pixels_first(weight: Tensor) -> bool:
 
 
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
     # The kernels are the largest tensor by far: their memory is used as it lies.
@@ -158,10 +155,10 @@ def fused_forward(
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.fused_involution2d`."""
     layout = memory_format(input)
@@ -187,10 +184,10 @@ def fused_forward(
 def grad_input(
     grad: Tensor,
     weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
     layout = memory_format(grad)
@@ -210,9 +207,9 @@ def grad_weight(
     grad: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
     layout = memory_format(input)

@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .geometry import memory_format
+from ..geometry import memory_format
+from .contract import Pair, Problem
 
 
 def _valid_range(size: int, out_size: int, offset: int, stride: int) -> slice:
@@ -33,11 +34,11 @@ def _source(out: slice, offset: int, stride: int) -> slice:
 
 
 def _taps(
-    input_size: Sequence[int],
+    input_size: Pair,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Iterator[tuple[tuple, tuple, tuple]]:
     """Per tap that reads the image: indices into input, weight and output."""
     axes = []
@@ -72,12 +73,12 @@ def _zeros(like: Tensor, size: Sequence[int]) -> Tensor:
     ).zero_()
 
 
+def supports(problem: Problem) -> None:
+    """Everything."""
+
+
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
     groups, w, size = weight.size(1), weight.unsqueeze(2), input.shape[2:]
@@ -91,10 +92,10 @@ def forward(
 def grad_input(
     grad: Tensor,
     weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
     groups, w = weight.size(1), weight.unsqueeze(2)
@@ -109,9 +110,9 @@ def grad_weight(
     grad: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
     groups, size = weight_shape[1], input.shape[2:]

@@ -64,35 +64,15 @@ def _columns(x, BLOCK_P: tl.constexpr, BITS: tl.constexpr):
 
 @tuned(CONFIGS)
 def fused_forward(
-    input,
-    reduced,
-    weight,
-    bias,
-    output,
-    batch,
-    channels,
-    reduced_channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    input, reduced, weight, bias, output,
+    batch, channels, reduced_channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Y[c, i, j] = sum over u, v of H[u, v, i, j] X[c, i*S + u*D - p, j*S + v*D - p],
     H[u, v, i, j] = b[u, v] + sum over r of w[u, v, r] Z[r, i, j].
 
@@ -169,38 +149,15 @@ MOST_LANES = max(c.kwargs['ROWS'] * c.kwargs['BLOCK_P'] for c in GENERATOR_CONFI
 
 @tuned(GENERATOR_CONFIGS)
 def fused_grad_generator(
-    grad,
-    input,
-    reduced,
-    weight,
-    scratch,
-    grad_reduced,
-    grad_weight,
-    grad_bias,
-    batch,
-    channels,
-    reduced_channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, input, reduced, weight, scratch, grad_reduced, grad_weight, grad_bias,
+    batch, channels, reduced_channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p],
     dZ = w^T dH, dw = dH Z^T, db = sum of dH over the pixels.
 
@@ -273,37 +230,15 @@ def fused_grad_generator(
 
 @tuned(CONFIGS)
 def fused_grad_input(
-    grad,
-    reduced,
-    weight,
-    bias,
-    output,
-    batch,
-    channels,
-    reduced_channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GCD_H: tl.constexpr,
-    GCD_W: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BITS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, reduced, weight, bias, output,
+    batch, channels, reduced_channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BITS: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """dX[c, y, x] = sum over u, v of H[u, v, i, j] dY[c, i, j], i*S + u*D - p = y,
     H[u, v, i, j] = b[u, v] + sum over r of w[u, v, r] Z[r, i, j].
 

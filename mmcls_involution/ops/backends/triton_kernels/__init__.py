@@ -16,7 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
+from ...geometry import memory_format
+from ..contract import Pair, Problem
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,9 @@ LOWEST_TRITON = (3, 4)
 LOWEST_CAPABILITY = (8, 0)
 # Lanes are numbered by int32.
 MOST_PIXELS = 2**31 - 2**16
+# So are the values from the first to the last pixel that a lane reads. More rows than
+# a lane has in any of the kernels' blocks.
+MOST_REACH, MOST_ROWS = 2**31 - 1, 8
 # Of a fused kernel: a thread holds that many values for each row of a lane.
 MOST_TAPS = 64
 # Of the fused gradients: more, and generating a value costs more than reading it.
@@ -64,11 +68,48 @@ def _find_problem() -> str | None:
     return None
 
 
-def unusable(device: str, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot run there, or None if they can."""
-    if device == 'cuda':
-        return _gpu_problem()
-    return 'the Triton kernels run on NVIDIA GPUs alone'
+def supports(problem: Problem) -> str | None:
+    """What fits 32-bit numbers, on GPUs; fused, what registers hold. No fused float64.
+
+    A fused backward pass has to span from few channels besides.
+    """
+    if problem.device != 'cuda':
+        return 'the Triton kernels run on NVIDIA GPUs alone'
+    return _gpu_problem() or _beyond_limits(problem)
+
+
+def _beyond_limits(problem: Problem) -> str | None:
+    batch, channels, *size = problem.input_shape
+    _, _, kh, kw, *out_size = problem.kernels_shape
+    if batch * max(math.prod(size), math.prod(out_size)) > MOST_PIXELS:
+        return (
+            f'the Triton kernels of involution take at most {MOST_PIXELS} pixels, got '
+            f'{batch} images of {size[0]}x{size[1]} and {out_size[0]}x{out_size[1]} '
+            "kernels for each; split the batch or use backend 'tap_sum'"
+        )
+    fused = problem.operation.startswith('fused')
+    step = max(channels, problem.reduced) if fused or problem.channels_last else 1
+    rows = kh * problem.dilation[0] + MOST_ROWS * problem.stride[0]
+    width = max(size[1], out_size[1])
+    reach = (rows * width + kw * problem.dilation[1]) * step
+    if reach > MOST_REACH:
+        return (
+            f'the Triton kernels of involution take windows of at most {MOST_REACH} '
+            f'values, got {rows} rows of {width} pixels of {step}; use less dilation '
+            "or backend 'tap_sum'"
+        )
+    if not fused:
+        return None
+    if problem.dtype == torch.float64:
+        return 'the fused Triton kernels do not compute in float64'
+    if kh * kw > MOST_TAPS:
+        return f'a fused Triton kernel holds at most {MOST_TAPS} taps, got {kh}x{kw}'
+    if problem.operation == 'fused_backward' and problem.reduced > MOST_REDUCED:
+        return (
+            f'the fused Triton gradients take at most {MOST_REDUCED} reduced channels, '
+            f'got {problem.reduced}'
+        )
+    return None
 
 
 def block_channels(group_channels: int) -> int:
@@ -82,9 +123,9 @@ def _run(
     layout: torch.memory_format,
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     reduced: int | None = None,
 ) -> None:
     """Launch a kernel on its inputs and its output; `layout` is that of pixels."""
@@ -92,12 +133,6 @@ def _run(
 
     batch, channels, *size = input_shape
     groups, out_size = weight_shape[1], weight_shape[4:]
-    if batch * max(math.prod(size), math.prod(out_size)) > MOST_PIXELS:
-        raise ValueError(
-            f'the Triton kernels of involution take at most {MOST_PIXELS} pixels, got '
-            f'{batch} images of {size[0]}x{size[1]} and {out_size[0]}x{out_size[1]} '
-            "kernels for each; split the batch or use backend 'tap_sum'"
-        )
     if batch == 0:
         return
     group_channels = channels // groups
@@ -144,7 +179,7 @@ def _run(
         )
 
 
-def span_blocks(kernel_size: Sequence[int], reduced: int) -> dict[str, int]:
+def span_blocks(kernel_size: Pair, reduced: int) -> dict[str, int]:
     """Blocks of the product that spans kernels: powers of two, at least 16."""
     return dict(
         BITS=max(4, (math.prod(kernel_size) - 1).bit_length()),
@@ -153,11 +188,7 @@ def span_blocks(kernel_size: Sequence[int], reduced: int) -> dict[str, int]:
 
 
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
     layout = memory_format(input)
@@ -166,14 +197,8 @@ def forward(
     out = torch.empty(
         shape, dtype=input.dtype, device=input.device, memory_format=layout
     )
-    _run(
-        'forward',
-        (input, weight.contiguous(), out),
-        layout,
-        input.shape,
-        weight.shape,
-        *(stride, padding, dilation),
-    )
+    tensors, arguments = (input, weight.contiguous(), out), (stride, padding, dilation)
+    _run('forward', tensors, layout, input.shape, weight.shape, *arguments)
     return out
 
 
@@ -182,39 +207,24 @@ def fused_forward(
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Tensor | None:
-    """See :func:`mmcls_involution.ops.fused_involution2d`.
-
-    None for float64 and for more than :data:`MOST_TAPS`, which registers do not hold.
-    """
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+) -> Tensor:
+    """See :func:`mmcls_involution.ops.fused_involution2d`."""
     size, taps = reduced.shape[2:], math.prod(kernel_size)
     shape = (len(input), len(weight) // taps, *kernel_size, *size)
-    if input.dtype == torch.float64 or taps > MOST_TAPS:
-        return None
     # Vectors of channels are what leaves registers for a lane's kernel.
     layout = torch.channels_last
     input, reduced = (t.contiguous(memory_format=layout) for t in (input, reduced))
     if bias is None:
         bias = weight.new_zeros(len(weight))
-    out = torch.empty(
-        (*input.shape[:2], *size),
-        dtype=input.dtype,
-        device=input.device,
-        memory_format=layout,
-    )
-    _run(
-        'fused_forward',
-        (input, reduced, weight.contiguous(), bias.contiguous(), out),
-        layout,
-        input.shape,
-        shape,
-        *(stride, padding, dilation),
-        reduced=reduced.shape[1],
-    )
+    factory = dict(dtype=input.dtype, device=input.device)
+    out = torch.empty(*input.shape[:2], *size, **factory, memory_format=layout)
+    tensors = (input, reduced, weight.contiguous(), bias.contiguous(), out)
+    arguments = (stride, padding, dilation, reduced.shape[1])
+    _run('fused_forward', tensors, layout, input.shape, shape, *arguments)
     return out
 
 
@@ -224,20 +234,14 @@ def fused_backward(
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    kernel_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     needed: Sequence[bool],
-) -> list[Tensor | None] | None:
-    """Gradients of :func:`fused_forward` in the four tensors, those that are `needed`.
-
-    None for what :func:`fused_forward` cannot do either, and for more than
-    :data:`MOST_REDUCED` channels of the reduced map.
-    """
+) -> list[Tensor | None]:
+    """Gradients of :func:`fused_forward` in its tensors, those that are `needed`."""
     taps, channels = math.prod(kernel_size), reduced.shape[1]
-    if input.dtype == torch.float64 or taps > MOST_TAPS or channels > MOST_REDUCED:
-        return None
     layout = torch.channels_last
     grad, input, reduced = (
         t.contiguous(memory_format=layout) for t in (grad, input, reduced)
@@ -277,24 +281,18 @@ def fused_backward(
 def grad_input(
     grad: Tensor,
     weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
     layout = memory_format(grad)
     grad = grad.contiguous(memory_format=layout)
     shape = (*grad.shape[:2], *input_size)
     out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
-    _run(
-        'grad_input',
-        (grad, weight.contiguous(), out),
-        layout,
-        shape,
-        weight.shape,
-        *(stride, padding, dilation),
-    )
+    tensors, arguments = (grad, weight.contiguous(), out), (stride, padding, dilation)
+    _run('grad_input', tensors, layout, shape, weight.shape, *arguments)
     return out
 
 
@@ -302,20 +300,14 @@ def grad_weight(
     grad: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
     layout = memory_format(input)
     grad, input = (t.contiguous(memory_format=layout) for t in (grad, input))
     out = grad.new_empty(weight_shape)
-    _run(
-        'grad_weight',
-        (grad, input, out),
-        layout,
-        input.shape,
-        weight_shape,
-        *(stride, padding, dilation),
-    )
+    tensors, arguments = (grad, input, out), (stride, padding, dilation)
+    _run('grad_weight', tensors, layout, input.shape, weight_shape, *arguments)
     return out

@@ -178,30 +178,13 @@ def _pixels(tensor, image, channel, row, column, shape, CHANNELS_LAST: tl.conste
 
 @tuned(CONFIGS)
 def forward(
-    input,
-    weight,
-    output,
-    batch,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    input, weight, output, batch, channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Y[c, i, j] = sum over u, v of H[u, v, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
 
     Reads X and H, writes Y. Row t of the lanes' windows, S*r + u*D, is tap u of row r.
@@ -267,32 +250,13 @@ def _first_tap(
 
 @tuned(CONFIGS)
 def grad_input(
-    grad,
-    weight,
-    output,
-    batch,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GCD_H: tl.constexpr,
-    GCD_W: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, weight, output, batch, channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr, GCD_H: tl.constexpr, GCD_W: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """dX[c, y, x] = sum over u, v of H[u, v, i, j] dY[c, i, j], i*S + u*D - p = y.
 
     Reads dY and H, writes dX. Pixels of one phase, y % S and x % S, are read by the
@@ -367,35 +331,13 @@ def grad_input(
 
 @triton.jit
 def _sum_channels(
-    grad,
-    input,
-    output,
-    tap_step,
-    row_step,
-    image,
-    row,
-    column,
-    group,
-    lanes,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, input, output, tap_step, row_step, image, row, column, group, lanes,
+    channels, height, width, out_height, out_width, pad_height, pad_width,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """Products of dY and X under each tap, summed over the channels of the group.
 
     Goes to `output` [1, BLOCK_P] and on by `tap_step` and `row_step`. Rows share tiles
@@ -465,30 +407,13 @@ def _sum_channels(
 
 @tuned(CONFIGS)
 def grad_weight(
-    grad,
-    input,
-    output,
-    batch,
-    channels,
-    height,
-    width,
-    out_height,
-    out_width,
-    pad_height,
-    pad_width,
-    size_class,  # for the tuner alone
-    KH: tl.constexpr,
-    KW: tl.constexpr,
-    SH: tl.constexpr,
-    SW: tl.constexpr,
-    DH: tl.constexpr,
-    DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    ROWS: tl.constexpr,
-):
+    grad, input, output, batch, channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
 
     Reads dY and X, writes dH.

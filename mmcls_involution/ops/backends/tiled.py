@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .geometry import memory_format
+from ..geometry import memory_format
+from . import choose
+from .contract import Pair, Problem
 
 # On a CPU a tile stays in the cache; elsewhere it is large enough to fill a GPU.
 TILE_BYTES = dict(cpu=4 << 20, other=64 << 20)
@@ -59,9 +60,9 @@ class Tile:
 def _tiles(
     kernels_shape: Sequence[int],
     input: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Iterator[Tile]:
     batch, groups, kh, kw, height, width = kernels_shape
     limit = TILE_BYTES['cpu' if input.is_cpu else 'other']
@@ -70,7 +71,7 @@ def _tiles(
     parts = -(-height * row_bytes // limit)
     rows = max(1, -(-height // parts))
     images = max(1, limit // (row_bytes * height))
-    for first in range(0, batch, images):
+    for first in range(0, max(1, batch), images):  # an empty batch has its backend too
         for row in range(0, height, rows):
             end = min(row + rows, height)
             window, left = (0, input.shape[2]), tuple(padding)
@@ -91,20 +92,20 @@ def _generate(reduced: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def forward(
-    kernels: ModuleType,
+    backend: str,
     input: Tensor,
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     kernels_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.fused_involution2d`.
 
-    ``kernels`` is the module of a backend, ``kernels_shape`` the shape
-    ``[N, G, Kh, Kw, Ho, Wo]`` of what it would be given at once.
+    ``backend`` is the name of one or empty, which leaves the choice to each tile;
+    ``kernels_shape`` the shape ``[N, G, Kh, Kw, Ho, Wo]`` of all kernels at once.
     """
     out = torch.empty(
         (*input.shape[:2], *kernels_shape[4:]),
@@ -116,23 +117,25 @@ def forward(
         part = reduced[tile.images, :, tile.rows]
         generated = _generate(part, weight, bias)
         shape = (len(part), *kernels_shape[1:4], *part.shape[2:])
-        out[tile.images, :, tile.rows] = kernels.forward(
-            tile.cut(input), generated.view(shape), stride, tile.padding, dilation
+        window, arguments = tile.cut(input), (stride, tile.padding, dilation)
+        problem = Problem.of('forward', window, window.shape, shape, *arguments)
+        out[tile.images, :, tile.rows] = choose(backend, problem).forward(
+            window, generated.view(shape), *arguments
         )
     return out
 
 
 def backward(
-    kernels: ModuleType,
+    backend: str,
     grad: Tensor,
     input: Tensor,
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     kernels_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of :func:`forward` in input, reduced map, weight and bias.
@@ -156,20 +159,22 @@ def backward(
         grad_part = grad[tile.images, :, tile.rows]
         part = reduced[tile.images, :, tile.rows]
         shape = (len(part), *kernels_shape[1:4], *part.shape[2:])
-        window = tile.cut(input)
+        window, arguments = tile.cut(input), (stride, tile.padding, dilation)
+        plan = (window.shape, shape, *arguments)
         if grad_input is not None:
             generated = _generate(part, weight, bias).view(shape)
-            size = window.shape[2:]
-            result = kernels.grad_input(
-                grad_part, generated, size, stride, tile.padding, dilation
+            problem = Problem.of('grad_input', grad_part, *plan)
+            result = choose(backend, problem).grad_input(
+                grad_part, generated, window.shape[2:], *arguments
             )
             del generated  # before memory of the same size is taken for its gradient
             inside, top = tile.inside(height), tile.window[0]
             result = result[:, :, inside.start - top : inside.stop - top]
             grad_input[tile.images, :, inside] += result
         if any(needed[1:]):
-            result = kernels.grad_weight(
-                grad_part, window, shape, stride, tile.padding, dilation
+            problem = Problem.of('grad_weight', window, *plan)
+            result = choose(backend, problem).grad_weight(
+                grad_part, window, shape, *arguments
             )
             result = result.flatten(1, 3).flatten(2)
             if grad_reduced is not None:

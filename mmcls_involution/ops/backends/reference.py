@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from .contract import Pair, Problem
+
 
 def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
     n, c = input.shape[:2]
@@ -19,12 +21,12 @@ def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
     return columns.view(n, g, c // g, kh, kw, ho, wo)
 
 
+def supports(problem: Problem) -> None:
+    """Everything."""
+
+
 def forward(
-    input: Tensor,
-    weight: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
     """Algorithm 1 of arXiv 2103.06255; arguments as in :func:`involution2d`."""
     columns = _unfold(input, weight, stride, padding, dilation)
@@ -34,10 +36,10 @@ def forward(
 def grad_input(
     grad: Tensor,
     weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input_size: Pair,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
     g, kh, kw = weight.shape[1:4]
@@ -50,9 +52,9 @@ def grad_weight(
     grad: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
     columns = _unfold(input, grad.new_empty(weight_shape), stride, padding, dilation)

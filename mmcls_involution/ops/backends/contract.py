@@ -1,0 +1,133 @@
+"""What a backend is asked, and what it has to answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..geometry import memory_format
+
+Pair = Sequence[int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is to be computed. Sizes are those of this call, never symbols.
+
+    Attributes:
+        operation: The function of :class:`Backend` or :class:`FusedBackend` that is to
+            be called.
+        device: Type of the tensors' device.
+        dtype: Of all tensors.
+        channels_last: Whether pixels are in memory as ``[N, H, W, C]``.
+        input_shape: ``[N, C, H, W]`` of the input or of its gradient.
+        kernels_shape: ``[N, G, Kh, Kw, Ho, Wo]``.
+        stride, padding, dilation: As of the operators.
+        reduced: Channels that a fused operation generates the kernels from; 0 for
+            others.
+    """
+
+    operation: str
+    device: str
+    dtype: torch.dtype
+    channels_last: bool
+    input_shape: Sequence[int]
+    kernels_shape: Sequence[int]
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+    reduced: int = 0
+
+    @classmethod
+    def of(
+        cls, operation: str, pixels: Tensor, *arguments, reduced: int = 0
+    ) -> Problem:
+        """That of `pixels` [N, C, H, W]; `arguments` are the fields from shapes on."""
+        last = memory_format(pixels) == torch.channels_last
+        place = pixels.device.type, pixels.dtype
+        return cls(operation, *place, last, *arguments, reduced)
+
+    @classmethod
+    def typical(cls, device: str, dtype: torch.dtype) -> Problem:
+        """A small one, for who asks before there are tensors."""
+        shapes = (1, 16, 8, 8), (1, 1, 3, 3, 8, 8)
+        return cls('forward', device, dtype, False, *shapes, (1, 1), (1, 1), (1, 1))
+
+
+class Backend(Protocol):
+    """A module that computes involution and both its gradients.
+
+    It gets checked arguments on one device, of any strides, and an empty batch too.
+    Results are of the tensors' dtype, in any memory format.
+    """
+
+    def supports(self, problem: Problem) -> str | None:
+        """The reason why it cannot compute that, or None if it can. Asked every time,
+        so what takes long is cached."""
+
+    def forward(
+        self, input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
+    ) -> Tensor:
+        """See :func:`mmcls_involution.ops.involution2d`."""
+
+    def grad_input(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        input_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+    ) -> Tensor:
+        """Gradient of :meth:`forward` in ``input``, of spatial size ``input_size``."""
+
+    def grad_weight(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        weight_shape: Sequence[int],
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+    ) -> Tensor:
+        """Gradient of :meth:`forward` in ``weight``, of shape ``weight_shape``."""
+
+
+class FusedBackend(Backend, Protocol):
+    """One that may generate the kernels itself; it can have either function alone.
+
+    What it has not or does not support is done in tiles, by the functions above.
+    """
+
+    def fused_forward(
+        self,
+        input: Tensor,
+        reduced: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+    ) -> Tensor:
+        """See :func:`mmcls_involution.ops.fused_involution2d`."""
+
+    def fused_backward(
+        self,
+        grad: Tensor,
+        input: Tensor,
+        reduced: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        kernel_size: Pair,
+        stride: Pair,
+        padding: Pair,
+        dilation: Pair,
+        needed: Sequence[bool],
+    ) -> list[Tensor | None]:
+        """Gradients in the four tensors of :meth:`fused_forward`; those not `needed`
+        are ignored."""

@@ -1,0 +1,16 @@
+"""The examples in the docstrings of the public functions run."""
+
+import doctest
+
+import pytest
+
+from mmcls_involution.ops import functional, fused, modules
+
+
+@pytest.mark.parametrize(
+    'module', [functional, fused, modules], ids=lambda module: module.__name__
+)
+def test_examples(module):
+    found = doctest.testmod(module)
+    assert found.attempted > 0
+    assert found.failed == 0
