@@ -47,7 +47,7 @@ def involution2d(
         backend (str, optional): A name in :data:`BACKENDS`. Defaults to None: the
             one that the environment variable ``MMCLS_INVOLUTION_BACKEND`` names,
             else the one of highest priority that supports the problem.
-            ``MMCLS_INVOLUTION_LOG=1`` logs each choice, once for each kind of problem.
+            ``MMCLS_INVOLUTION_LOG=1`` logs each choice once for each kind of problem.
 
     Returns:
         Tensor: ``[N, C, Ho, Wo]`` in the dtype of ``input`` (under autocast: in

@@ -7,13 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+Pair = Sequence[int]  # (height, width) in pixels
+Shape = Sequence[int]
+
 
 def output_size(
-    input_size: Sequence[int],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    input_size: Pair, kernel_size: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> tuple[int, int]:
     """Spatial size of involution's output, the same as a convolution's.
 

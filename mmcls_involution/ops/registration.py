@@ -267,39 +267,30 @@ def fused_backward(
 
 @fused_backward.register_fake
 def _(grad, input, reduced, weight, bias, *arguments):
-    grads = []
-    for i, need in enumerate(arguments[-1]):
-        tensor = (input, reduced, weight, bias)[i]
-        if not need:
-            grads.append(input.new_empty(0))
-            continue
-        out = tensor.new_empty(tensor.shape)
-        grads.append(
-            out.contiguous(memory_format=memory_format(tensor)) if i < 2 else out
-        )
+    tensors, grads = (input, reduced, weight, bias), []
+    for i, (tensor, need) in enumerate(zip(tensors, arguments[-1], strict=True)):
+        out = tensor.new_empty(tensor.shape) if need else input.new_empty(0)
+        if need and i < 2:
+            out = out.contiguous(memory_format=memory_format(tensor))
+        grads.append(out)
     return tuple(grads)
 
 
 def _save_four(ctx, inputs, output):
-    *tensors, ctx.kernel_size, ctx.stride, ctx.padding, ctx.dilation, ctx.backend = (
-        inputs
-    )
-    ctx.save_for_backward(*tensors)
+    ctx.arguments = inputs[4:]
+    ctx.save_for_backward(*inputs[:4])
 
 
 def _fused_backward(ctx, grad):
     tensors = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    arguments = (ctx.stride, ctx.padding, ctx.dilation)
     if torch.is_grad_enabled():  # gradients that shall be differentiated in turn
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-        out = _two_steps(*tensors, ctx.kernel_size, *arguments, ctx.backend)
+        out = _two_steps(*tensors, *ctx.arguments)
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
         grads = (next(found) if need else None for need in needed)
     else:
-        grads = fused_backward(
-            grad, *tensors, ctx.kernel_size, *arguments, ctx.backend, needed
-        )
+        grads = fused_backward(grad, *tensors, *ctx.arguments, needed)
         grads = (g if need else None for g, need in zip(grads, needed, strict=True))
     return *grads, *[None] * 5
 

@@ -1,7 +1,5 @@
 """The table of backends: which one computes a problem, why not, and what is logged."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -11,8 +9,8 @@ from mmcls_involution.ops.backends import tap_sum, triton_kernels
 from mmcls_involution.ops.backends.contract import Problem
 
 HALF = Problem.typical('cuda', torch.float16)
-FUSED = dataclasses.replace(HALF, operation='fused_forward', reduced=32)
-BACKWARD = dataclasses.replace(FUSED, operation='fused_backward')
+FUSED = HALF._replace(operation='fused_forward', reduced=32)
+BACKWARD = FUSED._replace(operation='fused_backward')
 
 
 @pytest.fixture
@@ -57,7 +55,7 @@ def images(n, c, h, w):
     ],
 )
 def test_limits_of_triton_kernels(gpu, problem, change, reason):
-    found = BACKENDS['triton'].supports(dataclasses.replace(problem, **change))
+    found = BACKENDS['triton'].supports(problem._replace(**change))
     assert found is None if reason is None else reason in found
 
 
@@ -70,7 +68,7 @@ def test_blocks_have_no_more_rows_than_the_limits_count():
 
 
 def test_another_backend_computes_what_one_cannot(gpu):
-    large = dataclasses.replace(HALF, **images(1, 1, 2**16, 2**16))
+    large = HALF._replace(**images(1, 1, 2**16, 2**16))
     assert table.choose('', HALF) is triton_kernels
     assert table.choose('', large) is tap_sum
     with pytest.raises(
@@ -78,7 +76,7 @@ def test_another_backend_computes_what_one_cannot(gpu):
     ):
         table.choose('triton', large)
     assert table.choose_fused('', FUSED) is triton_kernels
-    wide = dataclasses.replace(FUSED, dtype=torch.float64)
+    wide = FUSED._replace(dtype=torch.float64)
     for name in ('', 'triton', 'tap_sum'):
         assert table.choose_fused(name, wide) is None
 
@@ -121,9 +119,7 @@ def test_a_backend_is_asked_for_what_is_computed(limited):
     ):
         last = operation != 'grad_input'  # sum() sends an expanded gradient
         expected = Problem(operation, 'cpu', torch.bfloat16, last, *arguments)
-        assert expected == dataclasses.replace(
-            problem, kernels_shape=tuple(problem.kernels_shape)
-        )
+        assert expected == problem._replace(kernels_shape=tuple(problem.kernels_shape))
 
 
 def test_a_named_backend_says_its_reason(limited):
@@ -148,6 +144,7 @@ def test_tiles_ask_for_what_they_compute(limited, monkeypatch, batch):
 
 def test_choices_are_logged_once(limited, monkeypatch, caplog):
     monkeypatch.setattr(table, '_logged', set())
+    monkeypatch.setattr(table, '_logging', table.switch)
     train(5)
     assert not caplog.records
     monkeypatch.setenv('MMCLS_INVOLUTION_LOG', '1')

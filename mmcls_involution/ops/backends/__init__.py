@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -58,17 +59,18 @@ def named_backend(name: str | None) -> str:
 
 def _find(name: str, problem: Problem) -> tuple[str | None, dict[str, str]]:
     """The backend that computes `problem`, if any, and why those before it do not."""
-    names = [name]
-    if not name:
-        names = [n for n, entry in BACKENDS.items() if entry.priority is not None]
-        names.sort(key=lambda n: -BACKENDS[n].priority)
-    reasons = {}
-    for name in names:
+    if name:
         reason = BACKENDS[name].supports(problem)
-        if reason is None:
-            return name, reasons
-        reasons[name] = reason
-    return None, reasons
+        return (name, {}) if reason is None else (None, {name: reason})
+    found, highest, reasons = None, -1, {}
+    for name, entry in BACKENDS.items():
+        if entry.priority is not None and entry.priority > highest:
+            reason = entry.supports(problem)
+            if reason is None:
+                found, highest = name, entry.priority
+            else:
+                reasons[name] = reason
+    return found, reasons
 
 
 def default_backend(device: str, dtype: torch.dtype) -> str:
@@ -105,23 +107,18 @@ def choose_fused(name: str, problem: Problem) -> FusedBackend | None:
 
 
 _logged = set()
+_logging = cache(switch)  # reading the environment takes as long as the choice
 
 
 def _log(problem: Problem, found: str, reasons: dict[str, str]) -> None:
     """Say the choice, once for each kind of problem, where the environment asks."""
-    if not switch(LOG_VARIABLE):
+    if not _logging(LOG_VARIABLE):
         return
-    kind = (
-        '{} of {} on {}, {}, '.format(
-            *(problem.operation, problem.dtype, problem.device),
-            'channels_last' if problem.channels_last else 'contiguous',
-        )
-        + 'kernel {}x{}'.format(*problem.kernels_shape[2:4])
-        + f': {found}'
-    )
-    if kind in _logged:
-        return
-    _logged.add(kind)
-    passed_over = ''.join(f'; not {name}: {why}' for name, why in reasons.items())
-    # A level that is shown without any set-up.
-    logger.warning('%s%s', kind, passed_over)
+    layout = 'channels_last' if problem.channels_last else 'contiguous'
+    kind = f'{problem.operation} of {problem.dtype} on {problem.device}, {layout}, '
+    kind += 'kernel {}x{}: '.format(*problem.kernels_shape[2:4]) + found
+    if kind not in _logged:
+        _logged.add(kind)
+        passed_over = (f'; not {name}: {reason}' for name, reason in reasons.items())
+        # A level that is shown without any set-up.
+        logger.warning('%s', kind + ''.join(passed_over))

@@ -6,12 +6,11 @@ and never chosen unless named.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from .contract import Pair, Problem
+from ..geometry import Pair, Shape
+from .contract import Problem
 
 
 def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
@@ -51,7 +50,7 @@ def grad_input(
 def grad_weight(
     grad: Tensor,
     input: Tensor,
-    weight_shape: Sequence[int],
+    weight_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
-from .contract import Pair, Problem
+from ..geometry import Pair, Shape, memory_format
+from .contract import Problem
 
 
 def _valid_range(size: int, out_size: int, offset: int, stride: int) -> slice:
@@ -34,11 +34,7 @@ def _source(out: slice, offset: int, stride: int) -> slice:
 
 
 def _taps(
-    input_size: Pair,
-    weight_shape: Sequence[int],
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    input_size: Pair, weight_shape: Shape, stride: Pair, padding: Pair, dilation: Pair
 ) -> Iterator[tuple[tuple, tuple, tuple]]:
     """Per tap that reads the image: indices into input, weight and output."""
     axes = []
@@ -109,7 +105,7 @@ def grad_input(
 def grad_weight(
     grad: Tensor,
     input: Tensor,
-    weight_shape: Sequence[int],
+    weight_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,

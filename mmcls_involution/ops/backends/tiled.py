@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..geometry import memory_format
+from ..geometry import Pair, Shape, memory_format
 from . import choose
-from .contract import Pair, Problem
+from .contract import Problem
 
 # On a CPU a tile stays in the cache; elsewhere it is large enough to fill a GPU.
 TILE_BYTES = dict(cpu=4 << 20, other=64 << 20)
@@ -58,11 +58,7 @@ class Tile:
 
 
 def _tiles(
-    kernels_shape: Sequence[int],
-    input: Tensor,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
+    kernels_shape: Shape, input: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Iterator[Tile]:
     batch, groups, kh, kw, height, width = kernels_shape
     limit = TILE_BYTES['cpu' if input.is_cpu else 'other']
@@ -97,7 +93,7 @@ def forward(
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernels_shape: Sequence[int],
+    kernels_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -132,7 +128,7 @@ def backward(
     reduced: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    kernels_shape: Sequence[int],
+    kernels_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...geometry import memory_format
-from ..contract import Pair, Problem
+from ...geometry import Pair, Shape, memory_format
+from ..contract import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +91,8 @@ def _run(
     operation: int,
     inputs: Sequence[Tensor | None],
     out: Tensor,
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
+    input_shape: Shape,
+    weight_shape: Shape,
     arguments: Sequence[Sequence[int]],
     reduced: int = 0,
     channels_last: bool = False,
@@ -133,21 +133,15 @@ def forward(
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
     # The kernels are the largest tensor by far: their memory is used as it lies.
-    channels_last = _pixels_first(weight)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+    last = _pixels_first(weight)
+    layout = torch.channels_last if last else torch.contiguous_format
     input = input.contiguous(memory_format=layout)
-    if not channels_last:
+    if not last:
         weight = weight.contiguous()
     shape = (*input.shape[:2], *weight.shape[4:])
-    return _run(
-        FORWARD,
-        (input, weight),
-        torch.empty(shape, dtype=input.dtype, memory_format=layout),
-        input.shape,
-        weight.shape,
-        (stride, padding, dilation),
-        channels_last=channels_last,
-    )
+    out = torch.empty(shape, dtype=input.dtype, memory_format=layout)
+    shapes, arguments = (input.shape, weight.shape), (stride, padding, dilation)
+    return _run(FORWARD, (input, weight), out, *shapes, arguments, channels_last=last)
 
 
 def fused_forward(
@@ -192,33 +186,25 @@ def grad_input(
     """Gradient of :func:`forward` in ``input``, of spatial size ``input_size``."""
     layout = memory_format(grad)
     shape = (*grad.shape[:2], *input_size)
-    return _run(
-        GRAD_INPUT,
-        (grad.contiguous(memory_format=layout), weight.contiguous()),
-        torch.empty(shape, dtype=grad.dtype, memory_format=layout),
-        shape,
-        weight.shape,
-        (stride, padding, dilation),
-        channels_last=layout == torch.channels_last,
-    )
+    tensors = grad.contiguous(memory_format=layout), weight.contiguous()
+    out = torch.empty(shape, dtype=grad.dtype, memory_format=layout)
+    shapes, arguments = (shape, weight.shape), (stride, padding, dilation)
+    last = layout == torch.channels_last
+    return _run(GRAD_INPUT, tensors, out, *shapes, arguments, channels_last=last)
 
 
 def grad_weight(
     grad: Tensor,
     input: Tensor,
-    weight_shape: Sequence[int],
+    weight_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
     layout = memory_format(input)
-    return _run(
-        GRAD_WEIGHT,
-        tuple(tensor.contiguous(memory_format=layout) for tensor in (grad, input)),
-        grad.new_empty(weight_shape),
-        input.shape,
-        weight_shape,
-        (stride, padding, dilation),
-        channels_last=layout == torch.channels_last,
-    )
+    tensors = [tensor.contiguous(memory_format=layout) for tensor in (grad, input)]
+    out = grad.new_empty(weight_shape)
+    shapes, arguments = (input.shape, weight_shape), (stride, padding, dilation)
+    last = layout == torch.channels_last
+    return _run(GRAD_WEIGHT, tensors, out, *shapes, arguments, channels_last=last)

@@ -16,8 +16,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...geometry import memory_format
-from ..contract import Pair, Problem
+from ...geometry import Pair, Shape, memory_format
+from ..contract import Problem
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +121,8 @@ def _run(
     name: str,
     tensors: Sequence[Tensor],
     layout: torch.memory_format,
-    input_shape: Sequence[int],
-    weight_shape: Sequence[int],
+    input_shape: Shape,
+    weight_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,
@@ -299,7 +299,7 @@ def grad_input(
 def grad_weight(
     grad: Tensor,
     input: Tensor,
-    weight_shape: Sequence[int],
+    weight_shape: Shape,
     stride: Pair,
     padding: Pair,
     dilation: Pair,

@@ -34,15 +34,10 @@ logger = logging.getLogger(__name__)
 
 # With 32 lanes a thread of a warp holds a lane and all 16 channels, with 16 lanes half
 # of them. More rows share more tiles; fewer leave more programs for small images.
+BLOCKS = ((4, 32, 1), (8, 16, 1), (2, 32, 1), (1, 32, 1), (4, 128, 4))
 CONFIGS = [
     triton.Config(dict(ROWS=rows, BLOCK_P=lanes), num_warps=warps, num_stages=1)
-    for rows, lanes, warps in (
-        (4, 32, 1),
-        (8, 16, 1),
-        (2, 32, 1),
-        (1, 32, 1),
-        (4, 128, 4),
-    )
+    for rows, lanes, warps in BLOCKS
 ]
 _announced = False
 
