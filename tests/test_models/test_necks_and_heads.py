@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -161,3 +164,26 @@ def test_mask_head():
 def test_mask_head_refuses_what_it_would_ignore(arguments, message):
     with pytest.raises(ValueError, match=message):
         InvolutionFCNMaskHead(**arguments)
+
+
+def test_fpn_with_mmseg_alone():
+    """MMDetection is hidden; the neck is MMSegmentation's then."""
+    pytest.importorskip('mmseg')
+    program = """
+import importlib.util, sys
+sys.modules['mmdet'] = None
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == 'mmdet' else find(name, *a)
+import torch
+from mmcls_involution import models
+assert models.__all__ == ['Involution2d', 'RedNet', 'InvolutionFPN']
+neck = models.InvolutionFPN([16, 32], 16, num_outs=2)
+levels = neck([torch.rand(1, 16, 9, 8), torch.rand(1, 32, 5, 4)])
+print(models.InvolutionFPN.__mro__[1].__module__, [tuple(x.shape) for x in levels])
+"""
+    result = subprocess.run(
+        [sys.executable, '-c', program], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    expected = 'mmseg.models.necks.fpn [(1, 16, 9, 8), (1, 16, 5, 4)]'
+    assert result.stdout.splitlines()[-1] == expected
