@@ -30,8 +30,7 @@ class Involution2d(nn.Module):
     for Visual Recognition <https://arxiv.org/abs/2103.06255>`_: a 1x1 convolution
     reduces the channels, norm and activation follow, and a second 1x1 convolution
     spans one K x K kernel per output pixel and channel group. The state dict has the
-    keys and shapes of the official code. Convolutions start from He's normal
-    initialization (fan-out, ReLU), as they do there.
+    keys and shapes of the official code.
 
     ``generator`` names another kernel-generation function:
 
@@ -76,6 +75,13 @@ class Involution2d(nn.Module):
         generator (str): Kernel-generation function, ``'bottleneck'``, ``'linear'``,
             ``'dot_product'`` or ``'attention'``, as above. Defaults to
             ``'bottleneck'``.
+        init (str): What the module is before training. ``'official'``: all
+            convolutions from He's normal initialization (fan-out, ReLU), as in the
+            official code; the kernels are noise. ``'identity'``: the last convolution
+            of the generator has weights of 0, and a bias of 1 for the middle tap and 0
+            for the others; the output is the input (of a stride, every stride-th
+            pixel), for ``'bottleneck'`` and ``'linear'`` only. docs/initialization.md
+            compares them. Defaults to ``'official'``.
 
     Shape:
         - Input: ``[N, channels, H, W]``, any H and W of at least 1.
@@ -84,7 +90,8 @@ class Involution2d(nn.Module):
     Raises:
         ValueError: If an argument is not a positive int, ``kernel_size`` is even,
             ``channels`` is no multiple of ``group_channels`` or, for a bottleneck,
-            smaller than ``reduction_ratio``, or ``generator`` is unknown.
+            smaller than ``reduction_ratio``, ``generator`` or ``init`` is unknown, or
+            the generator has no identity.
 
     Example:
         >>> import torch
@@ -106,6 +113,7 @@ class Involution2d(nn.Module):
         backend: str | None = None,
         fused: bool | None = None,
         generator: str = 'bottleneck',
+        init: str = 'official',
     ) -> None:
         super().__init__()
         for name, value in (
@@ -138,6 +146,13 @@ class Involution2d(nn.Module):
                 f'channels must be at least reduction_ratio, got {channels} channels '
                 f'and a reduction ratio of {reduction_ratio}'
             )
+        if init not in ('official', 'identity'):
+            raise ValueError(f"init must be 'official' or 'identity', got {init!r}")
+        if init == 'identity' and 'query' in GENERATORS[generator]:
+            raise ValueError(
+                "init='identity' needs the generator 'bottleneck' or 'linear', got "
+                f'{generator!r}, whose kernels have no bias to start from'
+            )
         self.channels = channels
         self.kernel_size = kernel_size
         self.stride = stride
@@ -147,6 +162,7 @@ class Involution2d(nn.Module):
         self.backend = backend
         self.fused = fused
         self.generator = generator
+        self.init = init
 
         groups = channels // group_channels
         # Partial windows at the border of odd sizes are averaged over the pixels
@@ -182,12 +198,18 @@ class Involution2d(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialize the convolutions as the official module does."""
+        """Initialize the convolutions as ``init`` says."""
         for name in GENERATORS[self.generator]:
             conv = self.get_submodule(name)
             nn.init.kaiming_normal_(conv.weight, mode='fan_out', nonlinearity='relu')
             if conv.bias is not None:
                 nn.init.zeros_(conv.bias)
+        if self.init == 'identity':
+            span = self.conv2.conv
+            nn.init.zeros_(span.weight)
+            with torch.no_grad():
+                taps = span.bias.unflatten(0, (-1, self.kernel_size**2))
+                taps[:, self.kernel_size**2 // 2] = 1
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` with kernels generated from it. See the class for shapes."""
@@ -269,5 +291,6 @@ class Involution2d(nn.Module):
         return (
             f'{self.channels}, kernel_size={self.kernel_size}, stride={self.stride}, '
             f'dilation={self.dilation}, group_channels={self.group_channels}, '
-            f'reduction_ratio={self.reduction_ratio}, generator={self.generator!r}'
+            f'reduction_ratio={self.reduction_ratio}, generator={self.generator!r}, '
+            f'init={self.init!r}'
         )

@@ -217,6 +217,26 @@ def test_initialization_reaches_every_convolution(generator):
     assert not any((conv.weight == 7).any() for conv in convs)
 
 
+@pytest.mark.parametrize('generator', ['bottleneck', 'linear'])
+@pytest.mark.parametrize('stride, dilation', [(1, 1), (1, 2), (2, 1), (3, 1)])
+@pytest.mark.parametrize('fused', [False, True])
+def test_identity_returns_its_input(generator, stride, dilation, fused):
+    module = Involution2d(
+        32,
+        5,
+        stride,
+        dilation,
+        generator=generator,
+        init='identity',
+        fused=fused,
+    )
+    x = torch.randn(2, 32, 9, 7)
+    torch.testing.assert_close(module(x), x[..., ::stride, ::stride], rtol=0, atol=0)
+    # It is not stuck there: the first step moves the kernels.
+    module(x).square().mean().backward()
+    assert module.conv2.conv.weight.grad.abs().max() > 0
+
+
 def test_only_a_bottleneck_reduces_channels():
     assert Involution2d(2, group_channels=2, generator='linear').channels == 2
 
@@ -340,7 +360,7 @@ def test_repr_shows_the_arguments():
     text = repr(Involution2d(32, kernel_size=5, stride=2, generator='linear'))
     assert (
         'Involution2d(\n  32, kernel_size=5, stride=2, dilation=1, group_channels=16, '
-        "reduction_ratio=4, generator='linear'\n"
+        "reduction_ratio=4, generator='linear', init='official'\n"
     ) in text
 
 

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import ConvModule, build_conv_layer, build_norm_layer
-from mmengine.model import BaseModule, constant_init
+from mmengine.model import BaseModule, Sequential, constant_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -136,7 +136,7 @@ def _make_stage(
     conv_cfg: dict | None,
     norm_cfg: dict,
     **kwargs,
-) -> nn.Sequential:
+) -> Sequential:
     """Bottlenecks of one resolution; the first one changes size and channels."""
     downsample = None
     if stride != 1 or in_channels != out_channels:
@@ -165,7 +165,7 @@ def _make_stage(
     rest = (
         Bottleneck(out_channels, out_channels, **kwargs) for _ in range(num_blocks - 1)
     )
-    return nn.Sequential(first, *rest)
+    return Sequential(first, *rest)
 
 
 @MODELS.register_module()
@@ -310,7 +310,7 @@ class RedNet(BaseModule):
         else:
             cfg = {**involution_cfg, 'kernel_size': stem_kernel_size}
             middle = Involution2d(half, **cfg)
-        self.stem = nn.Sequential(
+        self.stem = Sequential(
             ConvModule(in_channels, half, 3, stride=2, padding=1, **stem_cfg),
             middle,
             build_norm_layer(involution_cfg['norm_cfg'], half)[1],

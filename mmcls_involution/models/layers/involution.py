@@ -37,3 +37,12 @@ class Involution2d(ops.Involution2d):
             act_layer=lambda: build_activation_layer(act_cfg),
             **kwargs,
         )
+
+    def init_weights(self) -> None:
+        """Start as ``init`` says, where an ``init_cfg`` around it means all Conv2d.
+
+        Of the official start nothing is repeated: there, too, a neck or a head
+        initializes the convolutions of its involutions by its own rule.
+        """
+        if self.init != 'official':
+            self.reset_parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
+from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 
 from ..layers import Involution2d
@@ -55,5 +56,13 @@ class InvolutionFPN(FPN):
                     'output layers are involutions, set by involution_cfg'
                 )
         super().__init__(in_channels, out_channels, num_outs, **kwargs)
-        for i in range(len(self.lateral_convs)):
-            self.fpn_convs[i] = Involution2d(out_channels, **(involution_cfg or {}))
+        levels = len(self.lateral_convs)
+        self.fpn_convs = ModuleList(
+            [
+                *(
+                    Involution2d(out_channels, **(involution_cfg or {}))
+                    for _ in range(levels)
+                ),
+                *self.fpn_convs[levels:],
+            ]
+        )

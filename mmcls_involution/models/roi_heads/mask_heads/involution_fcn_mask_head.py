@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmdet.models.roi_heads.mask_heads import FCNMaskHead
-from mmengine.model import ModuleList
+from mmengine.model import ModuleList, Sequential
 from mmengine.registry import MODELS
 from torch import nn
 
@@ -60,7 +60,7 @@ class InvolutionFCNMaskHead(FCNMaskHead):
             **kwargs,
         )
         self.convs = ModuleList(
-            nn.Sequential(
+            Sequential(
                 Involution2d(in_channels, **(involution_cfg or {})),
                 nn.ReLU(inplace=True),
             )
