@@ -3,6 +3,7 @@
 _base_ = [
     'mmseg::_base_/models/fpn_r50.py',
     '../_base_/datasets/camvid.py',
+    '../_base_/schedules/adamw_8k.py',
     'mmseg::_base_/default_runtime.py',
 ]
 
@@ -14,32 +15,4 @@ model = dict(
     backbone=dict(type='ResNet', norm_cfg=norm_cfg),
     neck=dict(norm_cfg=norm_cfg),
     decode_head=dict(num_classes=11, norm_cfg=norm_cfg),
-)
-
-max_iters = 8000
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', power=0.9, begin=100, end=max_iters, by_epoch=False),
-]
-default_hooks = dict(
-    timer=dict(type='IterTimerHook'),
-    logger=dict(type='LoggerHook', interval=20, log_metric_by_epoch=False),
-    param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(
-        type='CheckpointHook',
-        by_epoch=False,
-        interval=200,
-        max_keep_ckpts=2,
-        save_best='mIoU',
-    ),
-    sampler_seed=dict(type='DistSamplerSeedHook'),
-    visualization=dict(type='SegVisualizationHook'),
 )

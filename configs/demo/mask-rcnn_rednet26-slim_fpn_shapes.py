@@ -2,6 +2,7 @@
 # (tools/dataset_converters/shapes.py). Small enough to train on a CPU in minutes.
 _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    '../_base_/schedules/adamw_24e.py',
     'mmdet::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
@@ -105,26 +106,13 @@ val_evaluator = dict(
 )
 test_evaluator = val_evaluator
 
-max_epochs = 6
 randomness = dict(seed=0)
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=3)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=2e-3, weight_decay=0.05),
-    clip_grad=dict(max_norm=10),
-)
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.05, by_epoch=False, begin=0, end=100),
-    dict(
-        type='CosineAnnealingLR',
-        T_max=max_epochs,
-        end=max_epochs,
-        eta_min_ratio=0.01,
-        convert_to_iter_based=True,
-    ),
-]
+max_epochs = 6
+train_cfg = dict(max_epochs=max_epochs, val_interval=3)
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+param_scheduler = _base_.param_scheduler
+param_scheduler[0].start_factor = 0.05
+param_scheduler[1].update(T_max=max_epochs, end=max_epochs)
 default_hooks = dict(
     logger=dict(interval=25),
     checkpoint=dict(interval=1, max_keep_ckpts=2),
