@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from mmcls_involution import compat
 from mmcls_involution.compat import mmcv_ops
+from mmcls_involution.paths import MIM
 from mmcls_involution.version import __version__
 
 OK, WARN, FAIL = 'ok', 'warn', 'FAIL'
@@ -316,7 +317,7 @@ def check_registry(distribution: str) -> Found:
 
 
 def check_mim() -> Found:
-    folder = Path(__file__).parent / '.mim' / 'configs'
+    folder = MIM / 'configs'
     if folder.is_dir():
         return Found(OK, str(folder))
     fix = f'{PIP} install --no-deps .  # in the clone; or with --editable'

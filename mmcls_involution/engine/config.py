@@ -20,16 +20,12 @@ from mmengine.registry import RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
+from mmcls_involution.paths import ROOT as ROOT
 
 PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '
     '(work_dir: ./work_dirs/<name of the config>).'
 )
-PACKAGE = Path(__file__).resolve().parents[1]
-# The folder that holds configs: the checkout, or what an installation has of it.
-ROOT = PACKAGE.parent
-if not (ROOT / 'configs' / 'paper.yml').is_file():
-    ROOT = PACKAGE / '.mim'
 # default_scope -> what pip installs for it
 LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[1]
+from mmcls_involution.paths import ROOT
+
 # Of classifiers alone: MMPretrain builds whatever it finds in its hub with its own
 # registries, and those know neither detectors nor segmenters.
 FOLDERS = ('imagenet', 'ablations', 'bccd_cells')
@@ -15,9 +15,8 @@ FOLDERS = ('imagenet', 'ablations', 'bccd_cells')
 def register_classifiers() -> None:
     """Let ``mmpretrain.get_model`` and ``list_models`` find our classifiers by name.
 
-    Reads the metafiles of the installation (``mmcls_involution/.mim``), else those of
-    the checkout that the package is imported from. Does nothing where there are none,
-    or where MMPretrain, or something that it needs, is missing.
+    Does nothing where their metafiles are not there, or where MMPretrain, or something
+    that it needs, is missing.
 
     Example:
         >>> import mmcls_involution.models  # calls this function
@@ -28,9 +27,7 @@ def register_classifiers() -> None:
         from mmpretrain.apis.model import ModelHub
     except ImportError:
         return
-    for root in (PACKAGE / '.mim', PACKAGE.parent):
-        metafiles = [root / 'configs' / name / 'metafile.yml' for name in FOLDERS]
-        if all(file.is_file() for file in metafiles):
-            for file in metafiles:
-                ModelHub.register_model_index(file, config_prefix=root)
-            return
+    metafiles = [ROOT / 'configs' / name / 'metafile.yml' for name in FOLDERS]
+    if all(file.is_file() for file in metafiles):
+        for file in metafiles:
+            ModelHub.register_model_index(file, config_prefix=ROOT)

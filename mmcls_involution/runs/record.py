@@ -20,8 +20,9 @@ from mmengine.config import Config
 from mmengine.utils.dl_utils import collect_env
 
 from mmcls_involution import __version__
-from mmcls_involution.engine.config import ROOT, dicts, places
+from mmcls_involution.engine.config import dicts, places
 from mmcls_involution.engine.errors import UserError
+from mmcls_involution.paths import ROOT
 from mmcls_involution.weights.files import (
     identity,
     starting_points,

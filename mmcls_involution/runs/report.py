@@ -9,7 +9,7 @@ from typing import Any
 import mmengine
 from mmengine.config import Config
 
-from mmcls_involution.engine.config import ROOT
+from mmcls_involution.paths import ROOT
 from mmcls_involution.runs.logs import plot, read_log
 from mmcls_involution.runs.metrics import METRICS, compare
 from mmcls_involution.runs.record import Job

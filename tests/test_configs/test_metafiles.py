@@ -281,7 +281,7 @@ def test_registering_is_quiet_where_there_is_nothing_to_do(monkeypatch, tmp_path
         register()  # what its cache prevents
     with monkeypatch.context() as patch:
         patch.setattr(ModelHub, '_models_dict', {})
-        patch.setattr(model_hub, 'PACKAGE', tmp_path / 'mmcls_involution')
+        patch.setattr(model_hub, 'ROOT', tmp_path)
         register()
         assert ModelHub._models_dict == {}
     with monkeypatch.context() as patch:
