@@ -1,6 +1,7 @@
 """Importing this package registers every model in MMEngine's root registry.
 
-It also names the classifiers in MMPretrain's model hub. The parts for a library that is
+It also names the classifiers in MMPretrain's model hub, and lets MMEngine's loader know
+the weights at ``paddleclas://``. The parts for a library that is
 not installed are left out.
 """
 
@@ -10,6 +11,8 @@ from mmcls_involution import compat
 
 compat.check_versions()
 compat.apply()
+
+from mmcls_involution.weights import paddleclas  # noqa: E402
 
 from .backbones import RedNet  # noqa: E402
 from .layers import Involution2d  # noqa: E402
@@ -29,3 +32,4 @@ if find_spec('mmdet'):
     __all__ += ['InvolutionFCNMaskHead', 'InvolutionRPNHead']
 
 register_classifiers()
+paddleclas.register()

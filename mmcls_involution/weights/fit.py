@@ -1,4 +1,4 @@
-"""Whether weights fit a model: the one rule, by torch alone.
+"""Whether weights fit a model, and how they can be made to: by torch alone.
 
 RedNet, the hook of training and testing, and the converters ask it here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Misfit(ValueError):
@@ -64,3 +65,25 @@ class Fit:
                 if name in weights and weights[name].shape != self.tensors[name].shape
             ],
         )
+
+
+def grow_kernels(taps: Tensor, groups: int, kernel_size: int) -> Tensor:
+    """Lay smaller kernels into the middle of larger ones, whose outer taps are zero.
+
+    What an involution computes stays the same, bit by bit.
+
+    Args:
+        taps (Tensor): What generates the kernels, ``[groups * k * k, ...]``: weight or
+            bias of the last convolution of an involution's generator.
+        groups (int): Number of kernels per pixel.
+        kernel_size (int): Side K of the larger kernels in pixels, odd.
+
+    Returns:
+        Tensor: ``[groups * K * K, ...]``. ``taps`` itself if it has no smaller kernels.
+    """
+    size = round((len(taps) / groups) ** 0.5)
+    if size >= kernel_size or size % 2 == 0 or len(taps) != groups * size**2:
+        return taps
+    border = 2 * [(kernel_size - size) // 2]
+    grown = F.pad(taps.reshape(groups, size, size, -1), [0, 0, *border, *border])
+    return grown.reshape(-1, *taps.shape[1:])

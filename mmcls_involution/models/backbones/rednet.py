@@ -8,13 +8,14 @@ from contextlib import nullcontext
 import torch
 import torch.utils.checkpoint as cp
 from mmcv.cnn import ConvModule, build_conv_layer, build_norm_layer
-from mmengine.model import BaseModule, Sequential, constant_init
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit, Sequential, constant_init
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcls_involution.ops.geometry import memory_format
-from mmcls_involution.weights.fit import Fit, Misfit
+from mmcls_involution.weights.fit import Fit, Misfit, grow_kernels
 
 from ..layers import Involution2d
 
@@ -354,46 +355,81 @@ class RedNet(BaseModule):
         Raises:
             Misfit: If a ``Pretrained`` checkpoint holds no weights of RedNet.
         """
-        pretrained = (
-            isinstance(self.init_cfg, dict) and self.init_cfg['type'] == 'Pretrained'
-        )
+        first = not self.is_init  # MMEngine does nothing the second time
         fit = Fit(dict(self.named_parameters()))
         super().init_weights()
-        if pretrained:
-            if 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
+        cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
+        for cfg in cfgs:
+            if cfg['type'] not in ('Pretrained', PretrainedInit):
+                continue
+            if first and 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
                 raise Misfit(
-                    f'{self.init_cfg["checkpoint"]} holds no weights of RedNet under '
-                    f'the prefix {self.init_cfg.get("prefix")!r}; the names must begin '
-                    "with 'stem.' after it. A classifier's checkpoint needs "
-                    "init_cfg=dict(..., prefix='backbone.')"
+                    f'{cfg["checkpoint"]} holds no weights of RedNet under the prefix '
+                    f"{cfg.get('prefix')!r}; the names must begin with 'stem.' after "
+                    "it. A classifier's checkpoint needs init_cfg=dict(..., "
+                    "prefix='backbone.')"
                 )
-        elif self.zero_init_residual:
+            return
+        if self.zero_init_residual:
             for module in self.modules():
                 if isinstance(module, Bottleneck):
                     constant_init(module.bn3, 0)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
+        self._grow_kernels(state_dict, prefix)
         # MMEngine would log what does not fit, skip it and train on.
-        stem = f'{prefix}stem.1.'
-        ours = dict(self.stem[1].named_parameters(prefix=stem[:-1]))
-        # Convolutions' weights: norm layers may be fused into them.
-        theirs = {
-            name: value
-            for name, value in state_dict.items()
-            if name.startswith(stem) and value.dim() == 4
-        }
-        _, unknown, reshaped = Fit(ours).differences(theirs)
-        if other := [*unknown, *reshaped]:
-            name = other[0]
-            here = tuple(ours[name].shape) if name in ours else 'absent'
-            raise Misfit(
-                f'{name} is {tuple(theirs[name].shape)} in the checkpoint and {here} '
-                'in the model: their stem involutions differ. The official ImageNet '
-                'models have stem_kernel_size=3, the official detection and '
-                'segmentation backbones 7; set the one of your weights, and '
-                'involution_cfg where they were trained with another'
-            )
+        for name, module in self.named_modules(prefix=prefix.removesuffix('.')):
+            stem = name == f'{prefix}stem.1'  # a convolution or an involution
+            if not (stem or isinstance(module, Involution2d)):
+                continue
+            ours = dict(module.named_parameters(prefix=name))
+            # Convolutions' weights: norm layers may be fused into them.
+            theirs = {
+                key: value
+                for key, value in state_dict.items()
+                if key.startswith(f'{name}.') and value.dim() == 4
+            }
+            _, unknown, reshaped = Fit(ours).differences(theirs)
+            if other := [*(unknown if stem else ()), *reshaped]:
+                key = other[0]
+                here = tuple(ours[key].shape) if key in ours else 'absent'
+                raise Misfit(
+                    f'{key} is {tuple(theirs[key].shape)} in the checkpoint and {here} '
+                    f'in the model: their {"stem " if stem else ""}involutions differ. '
+                    'A larger kernel_size takes the weights of a smaller one, and not '
+                    'the other way round; the official ImageNet models have '
+                    'stem_kernel_size=3, the official detection and segmentation '
+                    'backbones 7. Set the one of your weights, and involution_cfg '
+                    'where they were trained with another'
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _grow_kernels(self, state_dict: dict, prefix: str) -> None:
+        """Let involutions take weights of smaller kernels than theirs."""
+        grown = {}
+        for name, module in self.named_modules():
+            if not isinstance(module, Involution2d) or 'conv2' not in module._modules:
+                continue
+            for key, ours in module.conv2.named_parameters(prefix=f'{name}.conv2'):
+                theirs = state_dict.get(prefix + key)
+                if theirs is None or theirs.shape[1:] != ours.shape[1:]:
+                    continue
+                groups = module.channels // module.group_channels
+                state_dict[prefix + key] = larger = grow_kernels(
+                    theirs, groups, module.kernel_size
+                )
+                if larger is not theirs:
+                    sizes = len(theirs) / len(larger)
+                    size = round(module.kernel_size * sizes**0.5)
+                    grown[name] = f'{size} into {module.kernel_size}'
+        if grown:
+            print_log(
+                f'RedNet: smaller kernels laid into larger ones ('
+                f'{", ".join(sorted(set(grown.values())))}), zeros around them, in '
+                f'{", ".join([*grown][:3])}{", ..." if len(grown) > 3 else ""}. It '
+                'computes what it did',
+                logger='current',
+            )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Feature maps of the stages in ``out_indices``.
