@@ -10,22 +10,18 @@ from __future__ import annotations
 import os
 import pickle
 import re
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout  # torch needs it, too
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from mmcls_involution import __version__
 from mmcls_involution.engine.errors import UserError, did_you_mean
+from mmcls_involution.weights.download import alone, cache_folder, download
 from mmcls_involution.weights.files import save_beside, sha256
 from mmcls_involution.weights.fit import Fit
 
@@ -37,7 +33,6 @@ FILES = {
     for depth in (26, 38, 50, 101, 152)
 }
 PLACE = 'MMCLS_INVOLUTION_WEIGHTS'
-PATIENCE = 60  # seconds without a byte from the server
 
 
 class _Unpickler(pickle.Unpickler):
@@ -148,16 +143,15 @@ def fetch(address: str) -> Path:
     file = FILES[name]
     place = os.environ.get(PLACE, '').rstrip('/')
     mirror = '://' in place
-    cache = Path(torch.hub.get_dir()) / 'checkpoints'
+    cache = cache_folder()
     source = (Path(place).expanduser() if place and not mirror else cache) / file
     url = f'{place if mirror else BASE_URL}/{file}'
     result = (cache / file).with_suffix('.pth')
     try:
         if not _made_from(source, result):
-            cache.mkdir(parents=True, exist_ok=True)
-            with _alone(result):
-                if source.parent == cache and not source.is_file():
-                    _download(url, source, name)
+            if source.parent == cache:
+                download(url, source, lambda file: _read(file, name))
+            with alone(result):
                 if not _made_from(source, result):
                     _convert(source, result, name)
         size, digest = source.stat().st_size, sha256(source)
@@ -184,41 +178,6 @@ def _made_from(source: Path, result: Path) -> bool:
         return meta['converted_from']['sha256'] == sha256(source)
     except Exception:  # whatever it is, it is made again
         return False
-
-
-@contextmanager
-def _alone(result: Path) -> Iterator[None]:
-    """Hold the lock of a file: other processes wait for what this one makes."""
-    lock = FileLock(result.with_name(f'.{result.name}.lock'))
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print_log(f'Another process makes {result}: waiting for it', logger='current')
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _download(url: str, path: Path, name: str) -> None:
-    """Fetch a file with a progress bar; it gets its name once it proved right."""
-    print_log(f'Downloading {url}', logger='current')
-    for old in path.parent.glob(f'.{path.name}.*.partial'):  # of a run that was killed
-        old.unlink()
-    unchecked = path.with_name(f'.{path.name}.unchecked')
-    timeout = socket.getdefaulttimeout()
-    try:
-        socket.setdefaulttimeout(PATIENCE)  # torch.hub would wait for ever
-        torch.hub.download_url_to_file(url, str(unchecked))
-        _read(unchecked, name)
-        unchecked.replace(path)
-    except (HTTPException, OSError, UserError, ValueError) as error:
-        reason = str(error).replace(f'{unchecked}', 'what came')
-        raise UserError(f'cannot download {url}: {reason}') from None
-    finally:
-        socket.setdefaulttimeout(timeout)
-        unchecked.unlink(missing_ok=True)
 
 
 def _read(path: Path, name: str) -> dict[str, Tensor]:
