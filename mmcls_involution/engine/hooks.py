@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError
@@ -47,6 +49,28 @@ class WeightsCheck(Hook):
 
     def before_test(self, runner: Runner) -> None:
         self._check(runner)
+
+
+class OwnBest(Hook):
+    """Keep a resumed run from deleting the best checkpoint of another one.
+
+    A checkpoint names the best one so far by its absolute path, in the folder that the
+    run had then; CheckpointHook deletes that file when it finds a better one.
+    """
+
+    priority = 'LOWEST'  # after CheckpointHook
+
+    def before_train(self, runner: Runner) -> None:
+        for hook in runner.hooks:
+            best = getattr(hook, 'best_ckpt_path', None)
+            if best is not None:
+                hook.best_ckpt_path = self._own(hook, best)
+            for name, best in getattr(hook, 'best_ckpt_path_dict', {}).items():
+                hook.best_ckpt_path_dict[name] = best and self._own(hook, best)
+
+    @staticmethod
+    def _own(hook: CheckpointHook, best: str) -> str:
+        return str(Path(hook.out_dir, Path(best).name))
 
 
 class LossCheck(Hook):

@@ -27,7 +27,8 @@ from mmcls_involution.engine.config import (
     load_config,
 )
 from mmcls_involution.engine.errors import UserError
-from mmcls_involution.engine.hooks import LossCheck, WeightsCheck
+from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
+from mmcls_involution.engine.resume import check_resume
 from mmcls_involution.weights.files import (
     check_checkpoint,
     latest_checkpoint,
@@ -150,8 +151,11 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     apply_flags(cfg, args)
     check(cfg, ('train', 'val'))
+    if cfg.get('resume') and cfg.get('load_from'):
+        check_resume(cfg)
     runner = build_runner(cfg)
     runner.register_hook(LossCheck())
+    runner.register_hook(OwnBest())
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():
         set_aside_checkpoints(runner)

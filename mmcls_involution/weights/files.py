@@ -70,10 +70,11 @@ def starting_points(cfg: Config) -> dict[str, str]:
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a work dir, or None.
+    """The newest complete checkpoint that lies in a work dir itself, or None.
 
-    ``last_checkpoint`` names it. That file may be out of date if the folder was moved
-    or the run was killed, and a checkpoint being written then is cut short.
+    ``last_checkpoint`` names it, by an absolute path: of a folder that was moved or
+    copied since, so that only the file's name counts. It may be out of date if the run
+    was killed, and a checkpoint being written then is cut short.
     """
     candidates = sorted(
         [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')],
@@ -82,7 +83,7 @@ def latest_checkpoint(work_dir: Path) -> Path | None:
     )
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
-        candidates.insert(0, Path(pointer.read_text().strip()))
+        candidates.insert(0, work_dir / Path(pointer.read_text().strip()).name)
     for file in candidates:
         if zipfile.is_zipfile(file):
             return file
