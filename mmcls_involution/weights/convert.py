@@ -4,10 +4,14 @@
 
 SRC is a file that the official code (mmcls 0.x, mmdet 2.x, mmseg 0.x) or a copy of it
 wrote: a classifier, a detector, a segmenter, or a backbone alone, with names that begin
-with `stem.`, `backbone.` or `module.`. The weights are compared, name by name and shape
-by shape, with the model that CONFIG builds (a backbone alone: with its backbone), and
-any difference is an error. DST holds the weights under MMEngine's names and the names
-of the classes; the optimizer and all else is left out. It loads weights-only:
+with `stem.`, `backbone.` or `module.`; or a classifier of PaddleClas, a .pdparams file.
+It may also be the URL of such a file, or paddleclas://RedNet50.
+
+The weights are compared, name by name and shape by shape, with the model that CONFIG
+builds (a backbone alone: with its backbone), and any difference is an error, but for
+involutions of smaller kernels, which are laid into larger ones. DST holds the weights
+under MMEngine's names and the names of the classes; the optimizer and all else is left
+out. It loads weights-only:
 
     python -m mmcls_involution test CONFIG DST            # a whole model
     REDNET50=DST python -m mmcls_involution train CONFIG  # a classifier or backbone
@@ -22,15 +26,19 @@ import argparse
 import contextlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
 
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcls_involution import __version__
-from mmcls_involution.engine.config import read_config
+from mmcls_involution.engine.config import missing, read_config
 from mmcls_involution.engine.errors import UserError
+from mmcls_involution.weights.download import cache_folder, download
 from mmcls_involution.weights.files import (
     check_output,
     plain,
@@ -39,13 +47,14 @@ from mmcls_involution.weights.files import (
     sha256,
 )
 from mmcls_involution.weights.fit import Fit, Misfit
+from mmcls_involution.weights.paddleclas import SCHEME, fetch, read_pdparams
 
 SHOWN = 20  # names per kind of difference
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('src', type=Path, help='official checkpoint')
+    parser.add_argument('src', help='official checkpoint: a file, URL or paddleclas://')
     parser.add_argument('dst', type=Path, help='file to write')
     parser.add_argument(
         '--config', required=True, help='config of the model that the weights are of'
@@ -149,16 +158,48 @@ def hint(weights: dict[str, Tensor], cfg: Config) -> str:
     )
 
 
+def local(src: str) -> Path:
+    """The file that a path, a URL or an address of PaddleClas's weights stands for.
+
+    Raises:
+        UserError: If there is no such file, or it cannot be downloaded.
+    """
+    if src.startswith(SCHEME):
+        return fetch(src)
+    if '://' not in src:
+        if message := missing(Path(src), 'the input'):
+            raise UserError(message)
+        return Path(src)
+    path = cache_folder() / Path(urlparse(src).path).name
+    download(src, path, reader(path))
+    return path
+
+
+def reader(path: Path) -> Callable[[Path], dict[str, Any]]:
+    """What reads files of the kind that a name says."""
+    if path.suffix == '.pdparams':
+        return lambda file: dict(state_dict=read_pdparams(file))
+    return read_checkpoint
+
+
 def convert(src: Path, dst: Path, cfg: Config) -> None:
     """Write the weights of ``src`` to ``dst`` if they are the ones ``cfg`` needs.
 
     Raises:
         UserError: If they are not; ``dst`` is then left as it was.
     """
-    checkpoint = read_checkpoint(src)
+    checkpoint = reader(src)(src)
     weights = with_prefix(checkpoint['state_dict'])
     digest = sha256(src)
     print(f'source  {src}\n        sha256 {digest}\n        {describe(weights)}')
+    if named := re.search(r'-([0-9a-f]{8})\.pth$', src.name):
+        if digest.startswith(named[1]):
+            print('        the published file: its name has the hash of its content')
+        else:
+            print(
+                f'        not the published file {src.name}: the hash of that one '
+                f'begins with {named[1]}'
+            )
 
     alone = all(name.startswith('backbone.') for name in weights)
     prefix = 'backbone.' if alone else ''
@@ -183,7 +224,7 @@ def convert(src: Path, dst: Path, cfg: Config) -> None:
     }
     published = dict(
         mmcls_involution_version=__version__,
-        converted_from=dict(name=src.name, sha256=digest),
+        converted_from=meta.get('converted_from') or dict(name=src.name, sha256=digest),
     )
     if classes:  # of which libraries make labels; without it they guess
         published['dataset_meta'] = classes
@@ -202,4 +243,4 @@ def main(args: argparse.Namespace) -> None:
             f'{args.config} has no model with the backbone RedNet: name the config '
             'of the model that the weights are of'
         )
-    convert(args.src, args.dst, cfg)
+    convert(local(args.src), args.dst, cfg)

@@ -12,51 +12,55 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_distributed
 from mmengine.logging import print_log
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from mmcls_involution.engine.config import ROOT, dicts, missing, places
+from mmcls_involution.engine.config import dicts, missing
 from mmcls_involution.engine.errors import UserError
 
 
 def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> None:
-    """Refuse a checkpoint path that names no file; URLs pass.
+    """Refuse a checkpoint path that names no file; fetch what is elsewhere.
 
     Args:
-        path: The path; None passes too.
+        path: The path, URL, or address of a scheme such as ``torchvision://``; None
+            passes.
         what: The flag, or the key of the config, that gave it.
         cfg: The config, where it gave the path.
 
     Raises:
-        UserError: If ``path`` is a placeholder or a local file that does not exist.
+        UserError: If ``path`` is a placeholder or a local file that does not exist, is
+            of Paddle's form, or cannot be downloaded.
     """
-    if not path or '://' in str(path):
+    if not path:
         return
-    if re.search(r'path[/_]?to|<.*>', str(path)):
+    path = str(path)
+    message = None
+    if '://' in path:
+        # The first process before they are joined, the others find what it left; and
+        # once they are, all of them, because MMEngine's loader lets them meet.
+        if is_distributed() or os.environ.get('RANK', '0') == '0':
+            try:
+                CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
+            except (KeyError, OSError, RuntimeError, UserError) as error:
+                message = f'{what}: cannot load {path}: {error}.'
+    elif re.search(r'path[/_]?to|<.*>', path):
         raise UserError(
             f'{what} is a placeholder: {path}. Put the path of your checkpoint there.'
         )
-    if message := missing(Path(path).expanduser(), what, cfg):
+    elif path.endswith('.pdparams'):
+        message = (
+            f'{what}: {path} is a file of Paddle. '
+            'tools/model_converters/rednet_to_mmcls_involution.py converts it.'
+        )
+    else:
+        message = missing(Path(path).expanduser(), what, cfg)
+    if message:
         if cfg is not None:
-            key = what.removesuffix('.checkpoint')
-            message += (
-                f'{_source(str(path), cfg)} {key}=None starts from random weights.'
-            )
+            message += f' {what.removesuffix(".checkpoint")}=None: from random weights.'
         raise UserError(message)
-
-
-def _source(path: str, cfg: Config) -> str:
-    """Where the weights come from that one of our configs leaves in its work dir."""
-    for name, default in places(cfg).items():
-        config = next(ROOT.glob(f'configs/*/{Path(default).parent.name}.py'), None)
-        if config is not None and path == os.environ.get(name, default):
-            return (
-                f' tools/train.py {config.relative_to(ROOT)} makes it, '
-                'tools/model_converters/rednet_to_mmcls_involution.py converts the '
-                "authors' weights."
-            )
-    return ''
 
 
 def starting_points(cfg: Config) -> dict[str, str]:
@@ -142,6 +146,9 @@ def read_meta(checkpoint: str) -> dict[str, Any]:
 
 def identity(checkpoint: str) -> str:
     """What tells this checkpoint from any other: its sha256, or its URL."""
+    if checkpoint.startswith('paddleclas://'):
+        meta = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', 'silent')['meta']
+        return f'{checkpoint}, sha256 {meta["converted_from"]["sha256"]}'
     if '://' in checkpoint:
         return checkpoint
     return f'sha256 {sha256(Path(checkpoint).expanduser())}'

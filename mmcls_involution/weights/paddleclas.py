@@ -46,16 +46,20 @@ class _Unpickler(pickle.Unpickler):
             'numpy.ndarray': None,
             # The array's shape, type and content are set afterwards.
             'numpy.core.multiarray._reconstruct': lambda *_: np.empty(0),
-            'numpy._core.multiarray._reconstruct': lambda *_: np.empty(0),
+            # Of protocol 5.
+            'numpy.core.numeric._frombuffer': lambda buffer, dtype, shape, order: (
+                np.frombuffer(buffer, dtype).reshape(shape, order=order)
+            ),
             # How bytes are written before protocol 3.
             '_codecs.encode': lambda text, _: text.encode('latin1'),
         }
-        if f'{module}.{name}' not in known:
+        asked = f'{module}.{name}'.replace('numpy._core.', 'numpy.core.')  # numpy 2
+        if asked not in known:
             raise UserError(
                 f'refused, it asks for {module}.{name}; reading it could run code, and '
                 'weights need none'
             )
-        return known[f'{module}.{name}']
+        return known[asked]
 
 
 def read_pdparams(path: Path) -> dict[str, Tensor]:
@@ -157,7 +161,7 @@ def fetch(address: str) -> Path:
         size, digest = source.stat().st_size, sha256(source)
     except (OSError, UserError) as error:
         raise UserError(
-            f'{address}: {error}. What to do: fetch {BASE_URL}/{file} on a machine with '
+            f'{error}. What to do: fetch {BASE_URL}/{file} on a machine with '
             f'network, and put it into {cache}, or into a folder that the environment '
             f'variable {PLACE} names'
         ) from None
