@@ -7,6 +7,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmcls_involution.models import Involution2d, RedNet
+from mmcls_involution.models.backbones import rednet
 
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
 
@@ -277,14 +278,82 @@ def test_pretrained_weights_under_another_prefix_are_refused(checkpoint):
         model.init_weights()
 
 
-def test_weights_for_another_stem_are_refused(checkpoint):
-    model = RedNet(
-        **SLIM,
-        stem_kernel_size=7,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
-    )
-    with pytest.raises(ValueError, match='stem_kernel_size=3, the official detection'):
-        model.init_weights()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+@pytest.mark.parametrize('size', [(64, 64), (37, 51)])
+@pytest.mark.parametrize(
+    'small, large, message',
+    [
+        (dict(stem_kernel_size=3), dict(stem_kernel_size=7), '3 into 7'),
+        (dict(stem_kernel_size=1), dict(stem_kernel_size=3), '1 into 3'),
+        (
+            dict(stem_kernel_size=3, involution_cfg=dict(kernel_size=5)),
+            dict(stem_kernel_size=3, involution_cfg=dict(kernel_size=9)),
+            '5 into 9',
+        ),
+        (
+            dict(involution_cfg=dict(kernel_size=1, generator='linear')),
+            dict(stem_kernel_size=7, involution_cfg=dict(generator='linear')),
+            '1 into 7, 3 into 7',
+        ),
+        (
+            dict(dilations=(1, 1, 2, 4), involution_cfg=dict(kernel_size=3)),
+            dict(dilations=(1, 1, 2, 4), involution_cfg=dict(kernel_size=5)),
+            '3 into 5',
+        ),
+    ],
+)
+def test_smaller_kernels_in_larger_ones_compute_the_same(
+    small, large, message, size, dtype, monkeypatch
+):
+    lines = []
+    monkeypatch.setattr(rednet, 'print_log', lambda line, **_: lines.append(line))
+    options = dict(SLIM, out_indices=(0, 1, 2, 3))
+    theirs = RedNet(**options, **small).to(dtype)
+    x = torch.randn(2, 3, *size, dtype=dtype)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1  # the statistics of this batch
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias)
+    theirs(x)
+    ours = nn.ModuleDict(dict(backbone=RedNet(**options, **large))).to(dtype)
+    state = {f'backbone.{name}': v for name, v in theirs.state_dict().items()}
+    before = {name: value.shape for name, value in state.items()}
+    ours.load_state_dict(state)
+    assert {name: value.shape for name, value in state.items()} == before
+    with torch.no_grad():
+        for a, b in zip(theirs.eval()(x), ours.backbone.eval()(x), strict=True):
+            assert torch.equal(a, b)
+    (line,) = lines
+    assert f'({message}), zeros around them, in ' in line
+
+
+def test_weights_of_a_smaller_stem_through_a_config(checkpoint):
+    start = dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.')
+    model = RedNet(**SLIM, stem_kernel_size=7, init_cfg=start)
+    model.init_weights()
+    theirs = torch.load(checkpoint)['state_dict']
+    taps = model.stem[1].conv2.conv.weight.unflatten(0, (-1, 7, 7))
+    expected = theirs['backbone.stem.1.conv2.conv.weight'].unflatten(0, (-1, 3, 3))
+    assert torch.equal(taps[:, 2:5, 2:5], expected)
+    assert taps.count_nonzero() == expected.count_nonzero()
+
+
+@pytest.mark.parametrize(
+    'large, small, key',
+    [
+        (dict(stem_kernel_size=7), {}, r'stem\.1.*stem involutions'),
+        (
+            {},
+            dict(involution_cfg=dict(kernel_size=5), stem_kernel_size=3),
+            r'layer1\.0\.conv2\.conv2\.conv.weight is \(49, .*their involutions',
+        ),
+    ],
+)
+def test_larger_kernels_are_refused(large, small, key):
+    state = RedNet(**SLIM, **large).state_dict()
+    with pytest.raises(ValueError, match=f'{key} differ.*not the other way round'):
+        RedNet(**SLIM, **small).load_state_dict(state)
 
 
 @pytest.mark.parametrize(

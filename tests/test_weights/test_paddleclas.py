@@ -157,7 +157,7 @@ def test_refuses_all_but_weights(content, reason, tmp_path, monkeypatch):
     assert not Path('exploded').exists()
 
 
-# ------------------------------------------------------------------ from a folder, by hand
+# ---------------------------------------------------------------- from a folder
 
 
 def test_result_is_whole_and_loads_anywhere(folder, cache, good, weights):
@@ -279,17 +279,23 @@ def server(good, monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-def test_download_shows_progress_and_happens_once(server, cache, capfd):
+def test_download_shows_progress_and_happens_once(server, cache, capfd, monkeypatch):
+    lines = []
+    for module in (download, paddleclas):
+        monkeypatch.setattr(module, 'print_log', lambda line, **_: lines.append(line))
     left = cache / f'.{FILE}.unchecked.0.partial'  # by a process that was killed
     left.write_bytes(b'half')
     result = fetch(f'paddleclas://{NAME}')
     assert visible(cache) == [FILE, result.name]
     assert (cache / FILE).read_bytes() == server.body
-    shown = capfd.readouterr()
-    assert '100%' in shown.err
-    assert f'Downloading {server.url}/{FILE}' in shown.out
+    assert '100%' in capfd.readouterr().err
     digest = torch.load(result)['meta']['converted_from']['sha256']
-    assert f'MB, sha256 {digest}, from {server.url}/{FILE}' in shown.out
+    url = f'{server.url}/{FILE}'
+    assert lines == [
+        f'Downloading {url}',
+        f'paddleclas://{NAME}: {cache / FILE}, {len(server.body) / 1e6:.1f} MB, '
+        f'sha256 {digest}, from {url}',
+    ]
     fetch(f'paddleclas://{NAME}')
     assert server.asked == [f'/mirror/{FILE}']
 
@@ -327,6 +333,7 @@ def test_nobody_answers(cache):
     assert visible(cache) == []
 
 
+@pytest.mark.long
 def test_processes_at_once_download_once(server, cache):
     server.mode = 'slow'
     code = (

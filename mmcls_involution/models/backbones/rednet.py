@@ -311,7 +311,7 @@ class RedNet(BaseModule):
         else:
             cfg = {**involution_cfg, 'kernel_size': stem_kernel_size}
             middle = Involution2d(half, **cfg)
-        self.stem = Sequential(
+        self.stem = nn.Sequential(
             ConvModule(in_channels, half, 3, stride=2, padding=1, **stem_cfg),
             middle,
             build_norm_layer(involution_cfg['norm_cfg'], half)[1],
@@ -355,25 +355,28 @@ class RedNet(BaseModule):
         Raises:
             Misfit: If a ``Pretrained`` checkpoint holds no weights of RedNet.
         """
-        first = not self.is_init  # MMEngine does nothing the second time
+        if self.is_init:
+            return super().init_weights()  # which does nothing and says so
         fit = Fit(dict(self.named_parameters()))
         super().init_weights()
         cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
         for cfg in cfgs:
             if cfg['type'] not in ('Pretrained', PretrainedInit):
                 continue
-            if first and 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
+            if 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
                 raise Misfit(
                     f'{cfg["checkpoint"]} holds no weights of RedNet under the prefix '
                     f"{cfg.get('prefix')!r}; the names must begin with 'stem.' after "
                     "it. A classifier's checkpoint needs init_cfg=dict(..., "
                     "prefix='backbone.')"
                 )
-            return
-        if self.zero_init_residual:
-            for module in self.modules():
-                if isinstance(module, Bottleneck):
-                    constant_init(module.bn3, 0)
+            return None
+        for module in self.modules():
+            if self.zero_init_residual and isinstance(module, Bottleneck):
+                constant_init(module.bn3, 0)
+        if isinstance(self.stem[1], Involution2d):
+            self.stem[1].init_weights()
+        return None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args) -> None:
         self._grow_kernels(state_dict, prefix)
