@@ -109,27 +109,34 @@ def test_a_step_reaches_every_trainable_parameter(file):
 
 
 @every_config
-def test_pretrained_weights_are_those_of_an_own_config(file):
-    """The default checkpoint is where one of our ImageNet configs leaves it."""
+def test_where_training_starts(file):
+    """From the authors' weights, at their depth, or from scratch."""
     cfg = read(file)
     backbone = cfg.model.backbone
     init_cfg = backbone.get('init_cfg') or {}
-    if file.parent.name not in ('coco', 'cityscapes'):
+    fine_tuned = 'in1k-pre' in file.stem
+    if not fine_tuned and file.parent.name not in ('coco', 'cityscapes'):
         assert 'checkpoint' not in init_cfg and not cfg.get('load_from')
-        return
-    checkpoint = Path(init_cfg['checkpoint'])
-    source = read(f'imagenet/{checkpoint.parent.name}')
-    assert checkpoint.name == f'epoch_{source.train_cfg.max_epochs}.pth'
-    assert checkpoint.parts[0] == 'work_dirs'
-    theirs = source.model.backbone
-    assert theirs.stem_kernel_size == backbone.stem_kernel_size == 7
-    assert theirs.depth == backbone.depth
+    elif backbone.type == 'ResNet':
+        assert init_cfg['checkpoint'] == 'torchvision://resnet50'
+    else:
+        assert init_cfg['checkpoint'] == f'paddleclas://RedNet{backbone.depth}'
+        assert init_cfg['prefix'] == 'backbone.'
+        assert backbone.stem_kernel_size == 7  # the paper's
 
 
 @pytest.mark.parametrize(
     'ours, theirs',
     [
         ('bccd/faster-rcnn_rednet50_fpn_bccd', 'bccd/faster-rcnn_r50_fpn_bccd'),
+        (
+            'bccd/faster-rcnn_rednet50-in1k-pre_fpn_1x_bccd',
+            'bccd/faster-rcnn_r50-in1k-pre_fpn_1x_bccd',
+        ),
+        (
+            'camvid/fpn_rednet50-in1k-pre_1xb2-4k_camvid-240x320',
+            'camvid/fpn_r50-in1k-pre_1xb2-4k_camvid-240x320',
+        ),
         (
             'camvid/fpn_rednet50_1xb2-8k_camvid-240x320',
             'camvid/fpn_r50_1xb2-8k_camvid-240x320',

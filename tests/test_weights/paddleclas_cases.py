@@ -36,6 +36,27 @@ def image() -> np.ndarray:
     return np.sin(0.01 * np.arange(3 * 64 * 96) ** 1.3).reshape(1, 3, 64, 96)
 
 
+def paddle_weights(depth: int) -> dict[str, np.ndarray]:
+    """What PaddleClas would save. Our names and shapes are held to the official."""
+    import torch
+
+    from mmcls_involution.models import RedNet
+
+    with torch.device('meta'):
+        state = RedNet(depth).state_dict()
+    shapes = {
+        name.replace('running_mean', '_mean').replace(
+            'running_var', '_variance'
+        ): tuple(value.shape)
+        for name, value in state.items()
+        if not name.endswith('num_batches_tracked')
+    }
+    shapes.update({'fc.weight': (2048, 1000), 'fc.bias': (1000,)})
+    weights = {name: formula(name, shape) for name, shape in shapes.items()}
+    names = {name: f'param_{i}' for i, name in enumerate(weights)}
+    return {**weights, 'StructuredToParameterName@@': names}
+
+
 def main() -> None:
     """Write what PaddleClas computes."""
     import paddle

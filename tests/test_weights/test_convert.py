@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 import sys
 from collections import OrderedDict
@@ -223,12 +224,73 @@ def test_long_lists_are_cut(config, tool, tmp_path):
 
 
 @pytest.mark.parametrize('form', [wrapped, backbone_of])
-def test_the_other_stem_is_refused_with_the_reason(
-    form, weights, config7, tool, tmp_path
+def test_a_larger_stem_takes_the_weights(
+    form, weights, config7, tool, tmp_path, capsys
 ):
-    message = refused(tool, tmp_path, form(weights), config7)
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(form(weights), src)
+    assert tool(CONVERTER, src, dst, '--config', config7) == ''
+    assert 'stem_kernel_size 3' in capsys.readouterr().out  # what the source has
+    name = 'backbone.stem.1.conv2.conv.bias'
+    taps = load_anywhere(dst)['state_dict'][name].view(7, 7)
+    assert torch.equal(taps[2:5, 2:5].flatten(), weights[name])
+    assert taps.count_nonzero() == weights[name].count_nonzero()
+
+
+def test_a_smaller_stem_is_refused_with_the_reason(config, tool, tmp_path):
+    state = RedNet(**SLIM, stem_kernel_size=7).state_dict()
+    message = refused(tool, tmp_path, state, config)
     assert 'their stem involutions differ' in message
     assert 'official ImageNet models have stem_kernel_size=3' in message
+
+
+@pytest.mark.parametrize('name', ['a.pdparams', 'a.pth'])
+def test_sources_elsewhere(name, weights, config, tool, tmp_path, monkeypatch):
+    (tmp_path / 'served').mkdir()
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    if name == 'a.pth':
+        torch.save(weights, tmp_path / 'served' / name)
+    else:
+        paddle = {
+            name.removeprefix('backbone.')
+            .removeprefix('head.')
+            .replace('running_mean', '_mean')
+            .replace('running_var', '_variance'): (
+                value.T if name == 'head.fc.weight' else value
+            ).numpy()
+            for name, value in weights.items()
+            if value.is_floating_point()
+        }
+        (tmp_path / 'served' / name).write_bytes(pickle.dumps(paddle))
+    url = f'file://{tmp_path}/served/{name}'  # the real server is test_paddleclas.py's
+    by_url, by_path = tmp_path / 'by_url.pth', tmp_path / 'by_path.pth'
+    assert tool(CONVERTER, url, by_url, '--config', config) == ''
+    source = tmp_path / 'served' / name
+    assert tool(CONVERTER, source, by_path, '--config', config) == ''
+    assert by_url.read_bytes() == by_path.read_bytes()
+    found = load_anywhere(by_path)['state_dict']
+    assert found.keys() == weights.keys()
+    for name, value in weights.items():
+        if value.is_floating_point():
+            assert torch.equal(found[name], value)
+    gone = tool(CONVERTER, f'{url}.pth', tmp_path / 'new.pth', '--config', config)
+    assert 'cannot download file://' in gone
+
+
+def test_says_whether_a_file_is_the_published_one(
+    weights, config, tool, tmp_path, capsys
+):
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(weights, src)
+    named = tmp_path / f'rednet26-{digest(src)[:8]}.pth'
+    src.rename(named)
+    assert tool(CONVERTER, named, dst, '--config', config) == ''
+    assert 'the published file: its name has the hash' in capsys.readouterr().out
+    other = named.rename(tmp_path / 'rednet26-4948f75f.pth')
+    assert tool(CONVERTER, other, dst, '--config', config, '--overwrite') == ''
+    text = capsys.readouterr().out
+    assert 'not the published file rednet26-4948f75f.pth' in text
+    assert 'begins with 4948f75f' in text
 
 
 def test_classifier_for_a_detector(weights, tool, tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import CheckpointLoader
-from paddleclas_cases import DEPTHS, GOLDEN, formula, image
+from paddleclas_cases import DEPTHS, GOLDEN, image, paddle_weights
 
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.models import RedNet
@@ -26,23 +26,6 @@ from mmcls_involution.weights import download, paddleclas
 from mmcls_involution.weights.paddleclas import FILES, fetch, read_pdparams
 
 NAME, FILE = 'RedNet26', FILES['RedNet26']
-
-
-def paddle_weights(depth: int) -> dict[str, np.ndarray]:
-    """What PaddleClas would save. Our names and shapes are held to the official."""
-    with torch.device('meta'):
-        state = RedNet(depth).state_dict()
-    shapes = {
-        name.replace('running_mean', '_mean').replace(
-            'running_var', '_variance'
-        ): tuple(value.shape)
-        for name, value in state.items()
-        if not name.endswith('num_batches_tracked')
-    }
-    shapes.update({'fc.weight': (2048, 1000), 'fc.bias': (1000,)})
-    weights = {name: formula(name, shape) for name, shape in shapes.items()}
-    names = {name: f'param_{i}' for i, name in enumerate(weights)}
-    return {**weights, 'StructuredToParameterName@@': names}
 
 
 @pytest.fixture(scope='module')
