@@ -226,12 +226,34 @@ def test_configs_are_compared_by_one_recipe(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'size'), [([], 'half'), (['coco'], 'half'), (['bccd'], 'small')]
+    ('arguments', 'env'),
+    [
+        ([], {}),
+        (['coco'], {}),
+        (['bccd'], dict(SIZE='small')),
+        (['bccd'], dict(START='imagenet')),
+        (['bccd'], dict(START='in1k', SIZE='half')),  # the weights are of full size
+    ],
 )
-def test_script_explains_itself(arguments, size, tmp_path):
-    result = run_script(tmp_path, *arguments, SIZE=size)
+def test_script_explains_itself(arguments, env, tmp_path):
+    result = run_script(tmp_path, *arguments, **env)
     assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr.startswith('usage: [SIZE=half|full]')
+    assert result.stderr.startswith('usage: [START=scratch|in1k] [SIZE=half|full]')
+
+
+@pytest.mark.parametrize('data', ['bccd', 'camvid'])
+def test_comparison_from_imagenet_weights(data, tmp_path):
+    result = run_script(tmp_path, data, START='in1k', SEEDS='0 1')
+    *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]
+    assert [call[-2:] for call in calls] == [
+        ['--work-dir', f'work_dirs/{data}-in1k/{seed}'] for seed in '01'
+    ]
+    configs = calls[0][1 : calls[0].index('--seed')]
+    assert [Path(config).is_file() for config in configs] == [True, True]
+    resnet, rednet = (read_config(ROOT / config) for config in configs)
+    assert resnet.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
+    assert rednet.model.backbone.init_cfg.checkpoint == 'paddleclas://RedNet50'
+    assert last[0].endswith('compare_seeds.py') and len(last) == 1 + 4 + 2
 
 
 def test_full_size_is_the_configs_as_they_stand(tmp_path):

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
 # ResNet-50, RedNet-50, and RedNet-50 with an involution neck, three seeds each, by the
 # same recipe from scratch: docs/results.md. At half the size, for a CPU; SIZE=full
-# trains the configs as they stand.
-SIZE=${SIZE:-half}
-if [[ $# -ne 1 || ! "$1 $SIZE" =~ ^(bccd|camvid)\ (half|full)$ ]]; then
-    echo "usage: [SIZE=half|full] [SEEDS='0 1 2'] $0 bccd|camvid" >&2
+# trains the configs as they stand. START=in1k compares the first two fine-tuned from
+# ImageNet weights, which are of the full size.
+START=${START:-scratch}
+if [ "$START" = in1k ]; then SIZE=${SIZE:-full}; else SIZE=${SIZE:-half}; fi
+if [[ $# -ne 1 || ! "$1 $START $SIZE" =~ ^(bccd|camvid)\ (scratch\ half|(scratch|in1k)\ full)$ ]]
+then
+    echo "usage: [START=scratch|in1k] [SIZE=half|full] [SEEDS='0 1 2'] $0 bccd|camvid" >&2
     exit 2
 fi
 set -euo pipefail
@@ -42,6 +45,10 @@ half+=(
 )
 options=(--cfg-options "${half[@]}")
 if [ "$SIZE" = full ]; then options=(); fi
+if [ "$START" = in1k ]; then
+    configs=(configs/"$1"/*_r50-in1k-pre* configs/"$1"/*_rednet50-in1k-pre*)
+    SIZE=in1k
+fi
 
 runs=work_dirs/$1-$SIZE
 for seed in ${SEEDS:-0 1 2}; do

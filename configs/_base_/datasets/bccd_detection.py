@@ -16,10 +16,9 @@
 #
 # Photos are scaled to 320x240. Small objects in larger ones want more:
 #   train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.scale
-# and the test data loader's. Training starts from scratch; from a detector of the same
-# config with load_from='FILE', from a RedNet-50 classifier with the 7x7 stem with
-#   backbone=dict(init_cfg=dict(
-#       type='Pretrained', checkpoint='FILE', prefix='backbone.'))
+# and the test data loader's. Training starts from scratch; from ImageNet weights over
+#   _base_ = './bccd/faster-rcnn_rednet50-in1k-pre_fpn_1x_bccd.py'
+# and from a detector of the same config with load_from='FILE'.
 dataset_type = 'CocoDataset'
 data_root = '{{$BCCD_ROOT:data/bccd}}'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
