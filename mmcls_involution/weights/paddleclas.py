@@ -166,8 +166,7 @@ def fetch(address: str) -> Path:
             f'variable {PLACE} names'
         ) from None
     print_log(
-        f'{address}: {source}, {size / 1e6:.1f} MB, sha256 {digest}, from '
-        f'{url if source.parent == cache else PLACE}',
+        f'{address} is {url}: {source}, {size / 1e6:.1f} MB, sha256 {digest}',
         logger='current',
     )
     return result

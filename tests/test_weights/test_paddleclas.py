@@ -276,8 +276,8 @@ def test_download_shows_progress_and_happens_once(server, cache, capfd, monkeypa
     url = f'{server.url}/{FILE}'
     assert lines == [
         f'Downloading {url}',
-        f'paddleclas://{NAME}: {cache / FILE}, {len(server.body) / 1e6:.1f} MB, '
-        f'sha256 {digest}, from {url}',
+        f'paddleclas://{NAME} is {url}: {cache / FILE}, '
+        f'{len(server.body) / 1e6:.1f} MB, sha256 {digest}',
     ]
     fetch(f'paddleclas://{NAME}')
     assert server.asked == [f'/mirror/{FILE}']
