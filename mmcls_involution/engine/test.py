@@ -183,7 +183,8 @@ def main(args: argparse.Namespace) -> None:
         dump = DumpResults
         if cfg.default_scope == 'mmdet':  # stores masks run-length encoded
             from mmdet.evaluation import DumpDetResults as dump
-        runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
+        # First, so that they are written whatever becomes of the metrics.
+        runner.test_evaluator.metrics.insert(0, dump(out_file_path=args.out))
     metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
