@@ -123,6 +123,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
+            coco.uses_masks(cfg),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -208,6 +209,8 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
 def check_files(files: Files) -> list[Finding]:
     """Decode an image and its label map in full, and compare them."""
     found, size = images.check_image(files.image, files.size)
+    if files.note and size is None:
+        found = [Finding(f.rule, f.place, files.note.removeprefix('; ')) for f in found]
     if files.label is not None:
         found += segmentation.check_label(files.label, size, files.values)
     return found

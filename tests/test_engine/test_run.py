@@ -137,6 +137,21 @@ def test_pictures_and_predictions(task, checkpoint, tool, tmp_path):
         assert len(pickle.loads(out.read_bytes())) == 4
 
 
+def test_predictions_outlive_a_metric_that_fails(
+    checkpoint, tool, tmp_path, monkeypatch
+):
+    file, out = checkpoint('detector'), tmp_path / 'predictions.pkl'
+    from mmdet.evaluation import CocoMetric
+
+    def fail(self, results):
+        raise RuntimeError('of the metric')
+
+    monkeypatch.setattr(CocoMetric, 'compute_metrics', fail)
+    with pytest.raises(RuntimeError, match='of the metric'):
+        tool('test', 'detector', file, '--work-dir', tmp_path, '--out', out)
+    assert len(pickle.loads(out.read_bytes())) == 4
+
+
 @pytest.mark.parametrize('task', ['detector', 'classifier'])
 def test_default_augmentation_of_tests(task, checkpoint, tool, tmp_path):
     assert tool('test', task, checkpoint(task), '--work-dir', tmp_path, '--tta') == ''
@@ -883,6 +898,60 @@ def test_metrics_of_other_annotations(coco_root, tmp_path, tool):
     message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
     assert f'but the data set reads {other}' in message
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
+
+
+def odd_annotations(coco_root: Path, file: Path, change: Callable[[dict], None]) -> str:
+    """Write changed annotations; give the options that train and evaluate with them."""
+    content = json.loads((coco_root / 'ann.json').read_text())
+    change(content)
+    file.write_text(json.dumps(content), encoding='utf-8-sig')
+    keys = ('train_dataloader.dataset', 'val_dataloader.dataset', 'val_evaluator')
+    return ['--cfg-options', *(f'{key}.ann_file={file}' for key in keys)]
+
+
+def test_annotations_that_say_what_everybody_means(coco_root, tmp_path, tool):
+    """A byte order mark, no iscrowd, ids from 0: trained and evaluated."""
+
+    def change(content: dict) -> None:
+        for i, annotation in enumerate(content['annotations']):
+            annotation['id'] = i
+            del annotation['iscrowd']
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    assert tool('train', 'detector', '--work-dir', tmp_path / 'work', *options) == ''
+    log = next((tmp_path / 'work').glob('*/vis_data/scalars.json')).read_text()
+    assert 'coco/bbox_mAP' in log
+
+
+def test_nothing_to_train_on(coco_root, tmp_path, tool, capfd):
+    def crowds(labels: tuple[int, ...]) -> Callable[[dict], None]:
+        def change(content: dict) -> None:
+            for annotation in content['annotations']:
+                annotation['iscrowd'] = int(annotation['category_id'] in labels)
+
+        return change
+
+    arguments = ['train', 'detector', '--work-dir', tmp_path / 'work']
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', crowds((1, 2)))
+    message = tool(*arguments, *options)
+    assert message.startswith('Error: ') and str(tmp_path / 'ann.json') in message
+    assert 'none of its annotations can be trained on: 8 with iscrowd=1.' in message
+    assert not (tmp_path / 'work').exists()
+    capfd.readouterr()
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', crowds((2,)))
+    assert tool(*arguments, *options) == ''
+    assert 'ann.json: bar (1 of 2 classes); ' in ''.join(capfd.readouterr())
+
+
+def test_more_findings_than_one_are_counted(coco_root, tmp_path, tool):
+    def change(content: dict) -> None:
+        for annotation in content['annotations'][2:5]:
+            annotation['bbox'] = [str(number) for number in annotation['bbox']]
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    message = tool('train', 'detector', '--work-dir', tmp_path / 'work', *options)
+    assert 'annotation 3' in message and 'expected 4 numbers' in message
+    assert message.endswith(' 2 more like this: tools/check_dataset.py lists them.')
 
 
 # ---------------------------------------------------------------------- errors of tests
