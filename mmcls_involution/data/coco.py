@@ -402,7 +402,7 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     print(f'{path}: objects by class: {counts}', flush=True)
     folder = dataset.data_prefix.get('img', '')
     return [], [
-        Files(os.path.join(folder, name), size, note=_backslash(name))
+        Files(os.path.join(folder, name), size, note=_backslash(name)[2:])
         for name, size in entries.sizes.values()
         if size is not None
     ]

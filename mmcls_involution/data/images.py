@@ -68,3 +68,25 @@ def check_image(
 def times(size: tuple[int, int]) -> str:
     """A width and a height as text."""
     return f'{size[0]}x{size[1]}'
+
+
+def image_size(path: str) -> tuple[int, int] | None:
+    """Width and height that a file's header says; None where there is none.
+
+    Turned as the orientation says, which OpenCV minds and Pillow does not.
+    """
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return file.size[::-1] if turned else file.size
+    except OSError:
+        return None
+
+
+def there(folder: Path) -> str:
+    """What is in a folder where something was looked for in vain."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return '; the folder is empty'
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return f'; there are {", ".join(names[:3])}{more}'

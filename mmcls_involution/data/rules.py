@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmcls_involution.data.segmentation import Values
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,11 @@ _RULES = (
         'annotate some',
         warns=True,
     ),
+    Rule(
+        'no data',
+        'name the folder and the suffix of the files, or put them there',
+        quick=True,
+    ),
     Rule('missing image', 'get it again, or take it out of the annotations'),
     Rule(
         'undecodable image',
@@ -121,17 +129,40 @@ _RULES = (
         'again, or take it out',
         warns=True,
     ),
-    Rule('missing label', 'training stops here; get it again, or take the image away'),
+    Rule(
+        'missing label',
+        'training stops here; get it again, or take the image away',
+        quick=True,
+    ),
     Rule(
         'missing labelTrainIds',
         'make them: pip install cityscapesscripts; python $(python -c "import mmseg; '
         'print(mmseg.__path__[0])")/.mim/tools/dataset_converters/cityscapes.py '
         'data/cityscapes --nproc 8',
+        quick=True,
     ),
-    Rule('undecodable label', 'damaged, or no label map: get it again'),
-    Rule('label size', 'the label is of another image, or one of them was resized'),
+    Rule('undecodable label', 'damaged, or no label map: get it again', quick=True),
     Rule(
-        'label value', 'number the classes from 0 to their number - 1; 255 is ignored'
+        'label size',
+        'the label is of another image, or one of them was resized',
+        quick=True,
+    ),
+    Rule(
+        'label value',
+        'number the classes from 0 to their number - 1; 255 is ignored',
+        quick=True,
+    ),
+    Rule(
+        'one class alone',
+        'there is nothing to tell apart, and the scores would look perfect; write each '
+        'class as its number, and ignore none that is to be learnt',
+        quick=True,
+    ),
+    Rule(
+        'class without pixels',
+        'it cannot be learnt, nor scored; take it out of metainfo.classes and '
+        'num_classes, or write its pixels as its number',
+        warns=True,
     ),
     Rule(
         'empty class folder', 'a class without images; get them again, or merge classes'
@@ -174,14 +205,14 @@ class Files:
         image (str): Path.
         size (tuple[int, int], optional): Width and height in pixels.
         label (str, optional): Path of its segmentation map.
-        values (frozenset[int], optional): The values that the map may have.
+        values (Values, optional): What the values of the map mean.
         note (str): Why the image may be missing. Defaults to ''.
     """
 
     image: str
     size: tuple[int, int] | None = None
     label: str | None = None
-    values: frozenset[int] | None = None
+    values: Values | None = None
     note: str = ''
 
 

@@ -483,8 +483,13 @@ def test_label_without_an_image(seg, run):
 
 def test_wrong_suffix(seg, run):
     found = run('segmenter', seg, 'train_dataloader.dataset.img_suffix=.jpg')
-    assert found[0][0] == 'missing image'
-    assert found[0][2] == 'no file name ends in .jpg'
+    assert found == [
+        (
+            'no data',
+            str(seg / 'images'),
+            'no file name ends in .jpg; there are 0.png, 1.png, 2.png and 1 more',
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -504,6 +509,50 @@ def test_values_that_the_config_allows(seg, run, option, sound, wrong):
     assert detail == f'has {", ".join(map(str, wrong))} ({len(wrong)} pixels)'
 
 
+NO_FOREGROUND = 'bottom (1 of 2 classes) in 4 label maps; ignored is '
+
+
+@pytest.mark.parametrize(
+    ('values', 'options', 'detail'),
+    [
+        # Half of one map, and a quarter more of the next ones: 44 % of all pixels.
+        ([0, 255], [], f'{NO_FOREGROUND}255, 56.2% of all pixels'),
+        (
+            [0, 1],
+            ['train_dataloader.dataset.reduce_zero_label=True'],
+            f'{NO_FOREGROUND}0 (by reduce_zero_label), 43.8% of all pixels',
+        ),
+        ([0, 0], [], 'bottom (1 of 2 classes) in 4 label maps'),
+        (
+            [255, 255],
+            [],
+            'top, bottom (2 of 2 classes) in 4 label maps; ignored is 255',
+        ),
+    ],
+)
+def test_masks_with_one_class_alone(seg, run, values, options, detail):
+    for file in (seg / 'labels').iterdir():
+        label = np.array(Image.open(file))
+        Image.fromarray(np.array(values, np.uint8)[label]).save(file)
+    ((rule, place, text),) = run('segmenter', seg, *options)
+    assert (rule, place) == ('one class alone', str(seg / 'labels'))
+    assert text.startswith(detail)
+
+
+def test_class_without_pixels(seg, run, tmp_path):
+    options = [
+        'train_dataloader.dataset.metainfo.classes=[top,middle,bottom]',
+        'model.decode_head.num_classes=3',
+    ]
+    assert run('segmenter', seg, *options) == [
+        (
+            'class without pixels',
+            str(seg / 'labels'),
+            'bottom (1 of 3 classes) in 4 label maps',
+        )
+    ]
+
+
 @pytest.fixture
 def cityscapes(tmp_path) -> Path:
     """The folders of Cityscapes with two images and their labelTrainIds."""
@@ -514,7 +563,11 @@ def cityscapes(tmp_path) -> Path:
         name = f'train/ulm/ulm_{i}'
         Image.new('RGB', (64, 32)).save(root / f'leftImg8bit/{name}_leftImg8bit.png')
         paint(root / f'gtFine/{name}_gtFine_labelIds.png', [7, 33], (32, 64))
-        paint(root / f'gtFine/{name}_gtFine_labelTrainIds.png', [0, 18, 255], (32, 64))
+        paint(
+            root / f'gtFine/{name}_gtFine_labelTrainIds.png',
+            [*range(19), 255],
+            (32, 64),
+        )
     return root
 
 

@@ -900,6 +900,47 @@ def test_metrics_of_other_annotations(coco_root, tmp_path, tool):
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
 
 
+@pytest.fixture
+def seg_copy(seg_root, tmp_path) -> Path:
+    return shutil.copytree(seg_root, tmp_path / 'seg')
+
+
+def rewrite(file: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    Image.fromarray(change(np.array(Image.open(file)))).save(file)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'expected'),
+    [
+        (lambda file: file.unlink(), 'labels/2.png. Training stops here'),
+        (lambda file: rewrite(file, lambda a: a * 3), 'labels/2.png: has 3 ('),
+        (lambda file: rewrite(file, lambda a: np.dstack([a] * 3)), 'shape (64, 64, 3)'),
+        (lambda file: rewrite(file, lambda a: a[:32]), 'is 64x32, its image 64x64'),
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), 'labels/2.png: '),
+        (
+            lambda file: [rewrite(f, lambda a: a * 255) for f in file.parent.iterdir()],
+            'bottom (1 of 2 classes) in 4 label maps; ignored is 255, 56.2% of all',
+        ),
+    ],
+)
+def test_damaged_label_maps(damage, expected, seg_copy, tool, tmp_path):
+    damage(seg_copy / 'labels' / '2.png')
+    options = [f'train_dataloader.dataset.data_root={seg_copy}']
+    message = tool(
+        'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith('Error: ') and expected in message, message
+    assert not (tmp_path / 'w').exists()
+
+
+def test_wrong_suffix(tool, tmp_path):
+    options = ['train_dataloader.dataset.img_suffix=.jpg']
+    message = tool(
+        'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert 'images: no file name ends in .jpg; there are 0.png, 1.png' in message
+
+
 def odd_annotations(coco_root: Path, file: Path, change: Callable[[dict], None]) -> str:
     """Write changed annotations; give the options that train and evaluate with them."""
     content = json.loads((coco_root / 'ann.json').read_text())
