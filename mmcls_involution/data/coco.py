@@ -319,7 +319,7 @@ class Entries:
             mask = annotation.get('segmentation')
             if not mask:
                 place = f'annotation {key} of {image}'
-                self.found.append(Finding('no mask', place))
+                self.found.append(Finding('no mask', place, 'has no segmentation'))
             elif wrong := _wrong_mask(mask, size):
                 rule, detail = wrong
                 place = f'annotation {key} of {image}'

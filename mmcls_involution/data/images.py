@@ -55,7 +55,7 @@ def check_image(
     except FileNotFoundError:
         return [Finding('missing image', path)], None
     except (OSError, ValueError, cv2.error):
-        return [Finding('undecodable image', path)], None
+        return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
     if expected in (None, size):
         return [], size

@@ -181,7 +181,7 @@ def check_label(
     nothing: Counter[int] = Counter()
     if not os.path.isfile(path):
         if not path.endswith(TRAIN_IDS):
-            return [Finding('missing label', path)], nothing
+            return [Finding('missing label', path, 'does not exist')], nothing
         stem = path.removesuffix(TRAIN_IDS)
         there = [end for end in (LABEL_IDS, POLYGONS) if os.path.isfile(stem + end)]
         detail = f'there is {" and ".join(there)}' if there else NO_SOURCE

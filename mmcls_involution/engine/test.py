@@ -24,6 +24,7 @@ from mmcls_involution.engine.config import (
 )
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import WeightsCheck
+from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.weights.files import check_checkpoint
 
 
@@ -185,7 +186,8 @@ def main(args: argparse.Namespace) -> None:
             from mmdet.evaluation import DumpDetResults as dump
         # First, so that they are written whatever becomes of the metrics.
         runner.test_evaluator.metrics.insert(0, dump(out_file_path=args.out))
-    metrics = runner.test()
+    with samples_by_name(runner):
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
     saved = 'Predictions' if args.out_item == 'pred' else 'Metrics'

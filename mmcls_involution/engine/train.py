@@ -29,6 +29,7 @@ from mmcls_involution.engine.config import (
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
 from mmcls_involution.engine.resume import check_resume
+from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.weights.files import (
     check_checkpoint,
     latest_checkpoint,
@@ -159,5 +160,6 @@ def main(args: argparse.Namespace) -> None:
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():
         set_aside_checkpoints(runner)
-    runner.train()
+    with samples_by_name(runner):
+        runner.train()
     print_log(f'Done. Checkpoints and logs: {runner.work_dir}', logger='current')

@@ -346,7 +346,9 @@ def test_masks_are_needed_where_masks_are_trained(coco, run):
     edit(coco, lambda content: content['annotations'][2].pop('segmentation'))
     assert run('detector', coco) == []
     option = 'train_dataloader.dataset.pipeline.0.with_mask=True'
-    assert run('detector', coco, option) == [('no mask', 'annotation 3 of 1.png', '')]
+    assert run('detector', coco, option) == [
+        ('no mask', 'annotation 3 of 1.png', 'has no segmentation')
+    ]
 
 
 @pytest.mark.parametrize('content', ['{"images": [', '[]', '{"images": []}', '{}'])
@@ -363,7 +365,9 @@ def test_undecodable_image(coco, run, damage):
         tear(path, damage)
     else:
         path.write_text('' if damage == 'empty' else '<html>404</html>')
-    assert run('detector', coco) == [('undecodable image', str(path), '')]
+    assert run('detector', coco) == [
+        ('undecodable image', str(path), 'cannot be decoded')
+    ]
 
 
 def test_torn_jpeg_where_opencv_fills_it_up(monkeypatch, coco, run):
@@ -442,7 +446,7 @@ def test_sound_segmentation(seg, run):
 @pytest.mark.parametrize(
     'damage, kind, detail',
     [
-        (lambda file: file.unlink(), 'missing label', ''),
+        (lambda file: file.unlink(), 'missing label', 'does not'),
         (lambda file: file.write_text('?'), 'undecodable label', 'cannot identify'),
         (lambda file: paint(file, [2, 2, 254]), 'label value', 'has 2, 254 (3 pixels)'),
         (lambda file: paint(file, [], (64, 32)), 'label size', 'is 32x64, its image 6'),
@@ -626,7 +630,7 @@ def test_damaged_and_empty_folders(cls, run):
         file.rename(file.with_suffix('.txt'))
     assert run('classifier', cls) == [
         ('empty class folder', str(cls / 'light'), ''),
-        ('undecodable image', str(cls / 'dark' / 'dark_0.png'), ''),
+        ('undecodable image', str(cls / 'dark' / 'dark_0.png'), 'cannot be decoded'),
     ]
 
 
