@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -103,11 +104,19 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     cfg.merge_from_dict(options)
     for key in set(cfg) - _runner_arguments():
         close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
-        if close:
-            raise UserError(
-                f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
-                '(Rename it if it is a variable of yours.)'
+        if not close or _is_used(key, cfg.text):
+            continue
+        if key == f'{close[0]}s':  # a name for several, more likely than a slip
+            print_log(
+                f'{path}: {key!r} is taken for a variable of yours, as nothing reads '
+                f'it; the setting is called {close[0]!r}',
+                level=logging.WARNING,
             )
+            continue
+        raise UserError(
+            f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
+            '(Rename it if it is a variable of yours.)'
+        )
 
     scope = cfg.setdefault('default_scope', 'mmengine')
     if importlib.util.find_spec(scope) is None:
@@ -159,6 +168,12 @@ def _runner_arguments() -> set[str]:
         'tta_model',
         'tta_pipeline',
     }
+
+
+def _is_used(name: str, text: str) -> bool:
+    """Whether a config not only sets a variable, but reads it too."""
+    found = len(re.findall(rf'\b{name}\b', text))
+    return found > len(re.findall(rf'^{name}\s*=', text, re.MULTILINE))
 
 
 def _similar_files(path: Path) -> str:

@@ -779,6 +779,48 @@ def test_config_file_error_is_one_message(text, expected, tool, tmp_path):
     assert re.search(expected, message, re.DOTALL), message
 
 
+@pytest.mark.parametrize(
+    ('text', 'warns'),
+    [
+        ("work_dirs = 'runs'", True),
+        ('train_cfgs = dict()', True),
+        ('optim_wraper = dict(lr=1)\nrate = optim_wraper["lr"]', False),
+    ],
+)
+def test_variables_of_the_user_pass(text, warns, tool, tmp_path, capfd):
+    """What is refused comes after: the config has been read."""
+    file = edited(tmp_path, 'detector', text)
+    options = ['--cfg-options', 'load_from=nowhere.pth']
+    message = tool('train', 'detector', file, '--work-dir', tmp_path, *options)
+    assert message.startswith('Error: load_from: nowhere.pth does not exist')
+    said = 'is taken for a variable of yours' in ''.join(capfd.readouterr())
+    assert said == warns
+
+
+@pytest.mark.parametrize('folder', ['histopath/tower', 'path/to', '<mine>'])
+def test_a_checkpoint_that_is_there_is_no_placeholder(
+    folder, checkpoint, tool, tmp_path
+):
+    file = tmp_path / folder / 'last.pth'
+    file.parent.mkdir(parents=True)
+    shutil.copy(checkpoint('segmenter'), file)
+    assert tool('test', 'segmenter', file, '--work-dir', tmp_path / 'work') == ''
+    message = tool('test', 'segmenter', file.parent / 'no.pth')
+    assert ('is a placeholder' in message) == (folder != 'histopath/tower')
+
+
+def test_info_of_a_coco_file_may_have_categories(coco_root, tmp_path, tool):
+    def change(content: dict) -> None:
+        content['info'] = dict(categories=['blood'], images=[], annotations=7)
+        for key in [*content][:-1]:  # info comes first
+            content[key] = content.pop(key)
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    options += ['train_cfg.max_epochs=1']
+    arguments = ['--work-dir', tmp_path / 'work', '--no-validate', *options]
+    assert tool('train', 'detector', *arguments) == ''
+
+
 def test_missing_data_names_the_variable_for_its_place(tool, tmp_path, monkeypatch):
     monkeypatch.setitem(DATA, 'detector', 'nowhere')
     message = tool('train', 'detector', '--work-dir', tmp_path)
