@@ -16,12 +16,18 @@ from typing import Any
 
 import cv2
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
 from mmcls_involution.data.rules import RULES, Files, Finding
-from mmcls_involution.engine.config import dicts, is_local, missing, registered
+from mmcls_involution.engine.config import (
+    dicts,
+    is_called,
+    is_local,
+    missing,
+    registered,
+)
 from mmcls_involution.engine.errors import UserError
 
 # Parts of a model whose num_classes is the number of the data set's.
@@ -61,7 +67,8 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
             key = f'{path}.ann_file'
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
-            yield from _check_evaluator(key, evaluator, cfg.get(f'{split}_dataloader'))
+            elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
+                yield from _check_evaluator(key, file, data_sets(cfg, split))
 
 
 def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:
@@ -70,7 +77,7 @@ def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:
     if not is_local(part, 'any') or kind is None:
         return
     if _family(kind) is segmentation.check_segmentation and any(
-        str(step.get('type')).endswith('LoadAnnotations')
+        is_called(step.get('type'), 'LoadAnnotations', TRANSFORMS)
         for _, step in dicts(part.get('pipeline'))
     ):
         yield from segmentation.check_sample(_unbuilt(part), cfg, path)
@@ -82,17 +89,20 @@ def _unbuilt(part: dict) -> Any:
 
 
 def _check_evaluator(
-    key: str, evaluator: dict, loader: dict | None
+    key: str, file: str, parts: list[tuple[str, dict]]
 ) -> Iterator[Finding]:
-    """An evaluator must compare with the annotations of the data set."""
-    dataset = (loader or {}).get('dataset') or {}
-    if evaluator.get('type') != 'CocoMetric' or dataset.get('type') != 'CocoDataset':
+    """An evaluator must compare with the annotations of the data set.
+
+    With several data sets it reads a file that holds all of theirs.
+    """
+    if len(parts) != 1 or not parts[0][1].get('ann_file'):
         return
-    used = Path(dataset.get('data_root') or '', dataset.ann_file)
-    if used.absolute() != Path(evaluator['ann_file']).absolute():
+    ((_, dataset),) = parts
+    used = Path(dataset.get('data_root') or '', dataset['ann_file'])
+    if used.absolute() != Path(file).absolute():
         yield Finding(
             'other annotations',
-            f'{key} is {evaluator["ann_file"]}, but the data set reads {used}: the '
+            f'{key} is {file}, but the data set reads {used}: the '
             f'metrics would be wrong. Set both, with --cfg-options {key}={used}.',
         )
 

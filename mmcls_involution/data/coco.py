@@ -38,6 +38,15 @@ def loads_as_coco(cls: type | None) -> bool:
     return getattr(cls, 'load_data_list', None) is CocoDataset.load_data_list
 
 
+def scores_coco(cls: type | None) -> bool:
+    """Whether a metric reads its annotations the way MMDetection's CocoMetric does."""
+    if importlib.util.find_spec('mmdet') is None or not inspect.isclass(cls):
+        return False
+    from mmdet.evaluation import CocoMetric
+
+    return issubclass(cls, CocoMetric)
+
+
 @dataclass(frozen=True)
 class Content:
     """The lists of a COCO annotation file."""

@@ -17,7 +17,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS, Registry, init_default_scope
+from mmengine.registry import MODELS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
@@ -225,7 +225,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     for _, part in dicts(cfg.get('model', {})):
-        if part.get('type') == 'SyncBN':
+        if is_called(part.get('type'), 'SyncBN', MODELS):
             part['type'] = 'BN'
     cfg.pop('sync_bn', None)
 
@@ -243,6 +243,19 @@ def registered(registry: Registry, kind: Any) -> Any:
         if found is None:
             raise UserError(unknown_type(registry, kind))
         return found
+
+
+def is_called(kind: Any, name: str, registry: Registry) -> bool:
+    """Whether a ``type`` in a config means the class that a registry calls ``name``.
+
+    Args:
+        kind: A name, which may begin with a scope (``mmdet.``), or the class itself.
+        name: Without a scope.
+        registry: The one that has it.
+    """
+    if isinstance(kind, str):
+        return kind.rpartition('.')[2] == name
+    return kind is not None and kind is registered(registry, name)
 
 
 def places(cfg: Config) -> dict[str, str]:

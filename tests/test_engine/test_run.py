@@ -934,11 +934,34 @@ def test_annotation_file_that_is_not_coco(text, tmp_path, tool):
     assert 'is not a COCO annotation file' in message
 
 
-def test_metrics_of_other_annotations(coco_root, tmp_path, tool):
+@pytest.mark.parametrize('metric', ['CocoMetric', 'mmdet.CocoMetric', 'subclass'])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_metrics_of_other_annotations(metric, wrapped, coco_root, tmp_path, tool):
+    if metric == 'subclass':
+        from mmdet.evaluation import CocoMetric
+        from mmdet.registry import METRICS
+
+        metric = 'MetricOfMyOwn'
+        METRICS.register_module(
+            name=metric, module=type(metric, (CocoMetric,), {}), force=True
+        )
     other = tmp_path / 'ann.json'
     shutil.copy(coco_root / 'ann.json', other)
-    option = f'val_dataloader.dataset.ann_file={other}'
-    message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
+    text = f'val_evaluator = dict(type={metric!r})\n'
+    place = 'val_dataloader.dataset'
+    if wrapped:
+        text += """
+_inner = dict(type='CocoDataset', data_root='{{$TINY_DATA:x}}',
+    data_prefix=dict(img=''), ann_file='ann.json', test_mode=True, metainfo=dict(classes=('square', 'bar')))
+val_dataloader = dict(dataset=dict(
+    _delete_=True, type='mmdet.ConcatDataset', datasets=[_inner]))
+"""
+        place += '.datasets.0'
+    file = edited(tmp_path, 'detector', text)
+    message = tool(
+        'train', 'detector', file, '--work-dir', tmp_path / 'work',
+        '--cfg-options', f'{place}.ann_file={other}',
+    )  # fmt: skip
     assert f'but the data set reads {other}' in message
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
 
@@ -1164,9 +1187,12 @@ def test_checkpoint_of_another_model(checkpoint, tool, tmp_path):
         ('detector', ['--out-item', 'metrics'], 'needs --out'),
         ('detector', ['--out', 'a.txt', '--out-item', 'metrics'], 'metrics go to'),
         ('segmenter', ['--tta'], '--tta needs'),
+        ('segmenter', ['--amp'], '--amp needs a GPU'),
         ('classifier', ['--tta', '--show-dir', 'x'], 'cannot draw'),
     ],
 )
 def test_flag_error_of_tests(task, flags, expected, checkpoint, tool, tmp_path):
+    if torch.cuda.is_available() and flags == ['--amp']:
+        pytest.skip('this is about machines without a GPU')
     message = tool('test', task, checkpoint(task), '--work-dir', tmp_path, *flags)
     assert message.startswith('Error: ') and expected in message
