@@ -76,7 +76,10 @@ def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:
     kind = registered(DATASETS, part.get('type'))
     if not is_local(part, 'any') or kind is None:
         return
-    if _family(kind) is segmentation.check_segmentation and any(
+    family = _family(kind)
+    if family is folders.check_classification and not _can_download(kind):
+        yield from folders.check_quickly(_unbuilt(part), cfg)
+    elif family is segmentation.check_segmentation and any(
         is_called(step.get('type'), 'LoadAnnotations', TRANSFORMS)
         for _, step in dicts(part.get('pipeline'))
     ):

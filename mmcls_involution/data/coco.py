@@ -17,7 +17,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmcls_involution.data.images import times
+from mmcls_involution.data.images import backslash, times
 from mmcls_involution.data.rules import Files, Finding, repeated
 from mmcls_involution.engine.config import dicts
 
@@ -135,17 +135,11 @@ def check_quickly(
     name = str(content.images[0].get('file_name'))
     if not (folder / name).expanduser().exists():
         detail = f'{ann_file} names the photo {name}, which is not in the folder '
-        yield Finding('image folder', path, f'{detail}{folder}{_backslash(name)}')
+        detail += '; '.join(filter(None, [str(folder), backslash(name)]))
+        yield Finding('image folder', path, detail)
     entries = Entries(content, classes, masks)
     yield from entries.found
     yield from entries.check_use(str(ann_file), path.startswith('train'))
-
-
-def _backslash(name: str) -> str:
-    """What to say of a Windows path in an annotation file."""
-    if '\\' not in name or os.sep == '\\':
-        return ''
-    return '; a backslash separates no folders here: write / in its place'
 
 
 def _check_classes(
@@ -411,7 +405,7 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     print(f'{path}: objects by class: {counts}', flush=True)
     folder = dataset.data_prefix.get('img', '')
     return [], [
-        Files(os.path.join(folder, name), size, note=_backslash(name)[2:])
+        Files(os.path.join(folder, name), size, note=backslash(name))
         for name, size in entries.sizes.values()
         if size is not None
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -90,3 +91,10 @@ def there(folder: Path) -> str:
         return '; the folder is empty'
     more = f' and {len(names) - 3} more' if len(names) > 3 else ''
     return f'; there are {", ".join(names[:3])}{more}'
+
+
+def backslash(name: str) -> str:
+    """Why a file of this name may be missing where \\ separates no folders, or ''."""
+    if '\\' not in name or os.sep == '\\':
+        return ''
+    return 'a backslash separates no folders here: write / in its place'

@@ -165,6 +165,11 @@ _RULES = (
         warns=True,
     ),
     Rule(
+        'hidden folder',
+        'take it away: it counts as a class, before the others',
+        quick=True,
+    ),
+    Rule(
         'empty class folder', 'a class without images; get them again, or merge classes'
     ),
 )

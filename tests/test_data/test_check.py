@@ -648,6 +648,28 @@ def test_classes_in_another_order_than_the_folders(cls, run):
     assert found[0] == 'classes' and "must be ('dark', 'light')" in found[2]
 
 
+def test_hidden_folder_beside_class_folders(cls, run):
+    shutil.copytree(cls / 'dark', cls / '.ipynb_checkpoints')
+    hidden = ('hidden folder', str(cls / '.ipynb_checkpoints'), '')
+    assert run('classifier', cls) == [hidden]
+
+
+def test_folder_without_images(cls, run):
+    for file in cls.glob('*/*.png'):
+        file.rename(file.with_suffix('.heic'))
+    ((rule, place, detail),) = (r for r in run('classifier', cls) if r[0] == 'no data')
+    assert place == str(cls)
+    assert detail.startswith('no file name ends in one of .bmp, .jpeg, ')
+    assert detail.endswith('; there are dark, light')
+
+
+def test_backslash_in_a_list(cls, run):
+    (cls / 'list.txt').write_text('dark\\dark_0.png 0\nlight/light_0.png 1')
+    option = f'train_dataloader.dataset.ann_file={cls / "list.txt"}'
+    (found,) = run('classifier', cls, option)
+    assert found[0] == 'missing image' and 'write / in its place' in found[2]
+
+
 def test_list_of_names_and_labels(cls, run):
     lines = ['dark/dark_0.png 0', 'light/light_0.png 1', 'light/lost.png 1']
     lines += ['dark/dark_1.png 2', 'dark/dark_1.png -1', 'dark/dark_0.png 0']

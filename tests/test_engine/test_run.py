@@ -952,7 +952,8 @@ def test_metrics_of_other_annotations(metric, wrapped, coco_root, tmp_path, tool
     if wrapped:
         text += """
 _inner = dict(type='CocoDataset', data_root='{{$TINY_DATA:x}}',
-    data_prefix=dict(img=''), ann_file='ann.json', test_mode=True, metainfo=dict(classes=('square', 'bar')))
+    data_prefix=dict(img=''), ann_file='ann.json', test_mode=True,
+    metainfo=dict(classes=('square', 'bar')))
 val_dataloader = dict(dataset=dict(
     _delete_=True, type='mmdet.ConcatDataset', datasets=[_inner]))
 """
@@ -1062,6 +1063,27 @@ def test_image_too_narrow_to_be_resized(coco_root, tool, tmp_path):
         'train', 'detector', '--work-dir', tmp_path / 'w', '--cfg-options', *options
     )
     assert message.startswith(f'Error: {root / "2.png"} ') and 'resize' in message
+
+
+@pytest.mark.parametrize(
+    ('damage', 'expected'),
+    [
+        (lambda root: (root / '.hidden').mkdir(), 'cls/.hidden. Take it away: it'),
+        (lambda root: (root / 'third').mkdir(), 'holds 3 folders: expected one per'),
+        (
+            lambda root: [f.rename(f.with_suffix('.heic')) for f in root.glob('*/*')],
+            'cls: no file name ends in one of .bmp, .jpeg',
+        ),
+    ],
+)
+def test_class_folders(damage, expected, cls_root, tool, tmp_path):
+    root = shutil.copytree(cls_root, tmp_path / 'cls')
+    damage(root)
+    options = [f'train_dataloader.dataset.data_prefix={root}']
+    message = tool(
+        'train', 'classifier', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith('Error: ') and expected in message, message
 
 
 def test_filter_that_leaves_nothing(tool, tmp_path):
