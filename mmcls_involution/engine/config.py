@@ -90,6 +90,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     except Exception as error:
         raise UserError(
             f'Cannot read the config {path}: {type(error).__name__}: {error}'
+            + _quotes_in_places(path)
         ) from error
 
     options = options or {}
@@ -243,6 +244,26 @@ def registered(registry: Registry, kind: Any) -> Any:
         if found is None:
             raise UserError(unknown_type(registry, kind))
         return found
+
+
+def _quotes_in_places(path: Path) -> str:
+    """What to say of a path that MMEngine cannot put into a config's text."""
+    variables: set[str] = set()
+    files = [path]
+    for file in files:  # it grows by the files that these inherit
+        text = file.read_text(errors='replace')
+        variables |= set(re.findall(r'\{\{\$(\w+):', text))
+        bases = (
+            file.parent / name for name in re.findall(r"""['"](.+?\.py)['"]""", text)
+        )
+        files += [base for base in bases if base.is_file() and base not in files]
+    return ''.join(
+        f'. The environment variable {name} is {value}: a config cannot hold a place '
+        'with a quote or a backslash. Give it another name, or a link (ln -s) that '
+        'has none'
+        for name in sorted(variables)
+        if set(value := os.environ.get(name, '')) & set('\'"\\')
+    )
 
 
 def is_called(kind: Any, name: str, registry: Registry) -> bool:

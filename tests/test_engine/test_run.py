@@ -821,6 +821,20 @@ def test_info_of_a_coco_file_may_have_categories(coco_root, tmp_path, tool):
     assert tool('train', 'detector', *arguments) == ''
 
 
+def test_quote_in_a_path(coco_root, tool, tmp_path, monkeypatch):
+    """A work dir may have one; a place that is written into a config may not."""
+    file = edited(tmp_path, 'detector', '')
+    root = shutil.copytree(coco_root, tmp_path / "it's")
+    monkeypatch.setenv('TINY_DATA', str(root))
+    monkeypatch.setattr(sys, 'argv', ['train', str(file)])
+    with pytest.raises(SystemExit) as end:
+        commands.run('train')
+    assert f'The environment variable TINY_DATA is {root}: a' in str(end.value)
+    options = ['--cfg-options', f'train_dataloader.dataset.data_root={root}']
+    arguments = ['--work-dir', tmp_path / "its' work", '--no-validate', *options]
+    assert tool('train', 'detector', *arguments) == ''
+
+
 def test_missing_data_names_the_variable_for_its_place(tool, tmp_path, monkeypatch):
     monkeypatch.setitem(DATA, 'detector', 'nowhere')
     message = tool('train', 'detector', '--work-dir', tmp_path)
