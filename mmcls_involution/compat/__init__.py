@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 
 from .checkpoints import load_weights_only, pickle_history_plainly
+from .coco_files import read_coco_as_meant
 from .fsdp import name_fsdp_arguments
 from .mmcv_ops import provide_mmcv_ops
 from .package_paths import get_installed_path, is_installed, replace_pkg_resources
@@ -30,6 +31,7 @@ __all__ = [
     'name_fsdp_arguments',
     'pickle_history_plainly',
     'provide_mmcv_ops',
+    'read_coco_as_meant',
     'replace_pkg_resources',
 ]
 
@@ -41,6 +43,7 @@ def apply() -> None:
     """
     declare_torchvision_ops()
     provide_mmcv_ops()
+    read_coco_as_meant()
     if importlib.util.find_spec('mmengine') is not None:
         replace_pkg_resources()
         pickle_history_plainly()

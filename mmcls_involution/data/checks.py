@@ -6,20 +6,28 @@ import inspect
 import math
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import cv2
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
-from mmcls_involution.data.rules import Files, Finding
-from mmcls_involution.engine.config import dicts, is_local, missing, registered
+from mmcls_involution.data.rules import RULES, Files, Finding
+from mmcls_involution.engine.config import (
+    dicts,
+    is_called,
+    is_local,
+    missing,
+    registered,
+)
 from mmcls_involution.engine.errors import UserError
 
 # Parts of a model whose num_classes is the number of the data set's.
@@ -49,28 +57,55 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
         split (str): ``train``, ``val`` or ``test``.
     """
     for path, part in data_sets(cfg, split):
-        yield from check_quickly(cfg, path, part)
+        found = list(check_quickly(cfg, path, part))
+        yield from found
+        if not any(RULES[finding.rule].quick for finding in found):
+            yield from _check_sample(cfg, path, part)
     name = f'{split}_evaluator'
     for path, evaluator in dicts(cfg.get(name), name):
         if is_local(evaluator, file := evaluator.get('ann_file')):
             key = f'{path}.ann_file'
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
-            yield from _check_evaluator(key, evaluator, cfg.get(f'{split}_dataloader'))
+            elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
+                yield from _check_evaluator(key, file, data_sets(cfg, split))
+
+
+def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:
+    """Look into the data of a data set, as far as that is quick."""
+    kind = registered(DATASETS, part.get('type'))
+    if not is_local(part, 'any') or kind is None:
+        return
+    family = _family(kind)
+    if family is folders.check_classification and not _can_download(kind):
+        yield from folders.check_quickly(_unbuilt(part), cfg)
+    elif family is segmentation.check_segmentation and any(
+        is_called(step.get('type'), 'LoadAnnotations', TRANSFORMS)
+        for _, step in dicts(part.get('pipeline'))
+    ):
+        yield from segmentation.check_sample(_unbuilt(part), cfg, path)
+
+
+def _unbuilt(part: dict) -> Any:
+    """The data set of a config that has read nothing yet, without its transforms."""
+    return DATASETS.build({**part, 'pipeline': [], 'lazy_init': True})
 
 
 def _check_evaluator(
-    key: str, evaluator: dict, loader: dict | None
+    key: str, file: str, parts: list[tuple[str, dict]]
 ) -> Iterator[Finding]:
-    """An evaluator must compare with the annotations of the data set."""
-    dataset = (loader or {}).get('dataset') or {}
-    if evaluator.get('type') != 'CocoMetric' or dataset.get('type') != 'CocoDataset':
+    """An evaluator must compare with the annotations of the data set.
+
+    With several data sets it reads a file that holds all of theirs.
+    """
+    if len(parts) != 1 or not parts[0][1].get('ann_file'):
         return
-    used = Path(dataset.get('data_root') or '', dataset.ann_file)
-    if used.absolute() != Path(evaluator['ann_file']).absolute():
+    ((_, dataset),) = parts
+    used = Path(dataset.get('data_root') or '', dataset['ann_file'])
+    if used.absolute() != Path(file).absolute():
         yield Finding(
             'other annotations',
-            f'{key} is {evaluator["ann_file"]}, but the data set reads {used}: the '
+            f'{key} is {file}, but the data set reads {used}: the '
             f'metrics would be wrong. Set both, with --cfg-options {key}={used}.',
         )
 
@@ -123,6 +158,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
+            coco.uses_masks(cfg),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -157,12 +193,11 @@ def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
 # ----------------------------------------------------------------------------- in full
 
 
-def format_of(kind: type) -> Callable[..., tuple[list[Finding], list[Files]]]:
-    """The function that checks data sets of a class.
+Check = Callable[[Any, Config], tuple[list[Finding], list[Files]]]
 
-    Raises:
-        UserError: If the class reads its data in a way of its own.
-    """
+
+def _family(kind: type) -> Check | None:
+    """The function that checks data sets of a class; None for one it cannot."""
     if coco.loads_as_coco(kind):
         return coco.check_coco
     families = dict(
@@ -170,10 +205,19 @@ def format_of(kind: type) -> Callable[..., tuple[list[Finding], list[Files]]]:
         CustomDataset=folders.check_classification,
     )
     for base in kind.__mro__:
-        if 'load_data_list' in vars(base) and base.__name__ in families:
-            return families[base.__name__]
         if 'load_data_list' in vars(base):
-            break
+            return families.get(base.__name__)
+    return None
+
+
+def format_of(kind: type) -> Check:
+    """The function that checks data sets of a class.
+
+    Raises:
+        UserError: If the class reads its data in a way of its own.
+    """
+    if check := _family(kind):
+        return check
     raise UserError(
         f'{kind.__name__} reads its data in a way that check_dataset does not know: '
         'expected one that reads like CocoDataset, BaseSegDataset or CustomDataset'
@@ -196,39 +240,55 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
         raise UserError(f'{path}: check_dataset reads local files, not backend_args')
     check = format_of(registered(DATASETS, part.get('type')))
     found = list(check_quickly(cfg, path, part))
-    # Read nothing yet, and build no transforms.
-    dataset = DATASETS.build({**part, 'pipeline': [], 'lazy_init': True})
+    dataset = _unbuilt(part)
     more, files = check(dataset, cfg)
     print(f'{path}: {len(files)} images', flush=True)
-    if not found and not more and not files:
-        more = [Finding('missing image', path, 'the data set holds no image')]
-    return found + more + list(_decode(files, workers))
-
-
-def check_files(files: Files) -> list[Finding]:
-    """Decode an image and its label map in full, and compare them."""
-    found, size = images.check_image(files.image, files.size)
-    if files.label is not None:
-        found += segmentation.check_label(files.label, size, files.values)
+    found += more
+    if not found and not files:
+        found = [Finding('no data', path, 'the data set holds no image')]
+    pixels: Counter[int] = Counter()
+    for more, counts in _decode(files, workers):
+        found += more
+        pixels += counts
+    wrong = any('label' in finding.rule for finding in found)
+    if files and files[0].values and not wrong:
+        place = str(dataset.data_prefix['seg_map_path'])
+        trains = path.startswith('train')
+        found += files[0].values.check_use(place, pixels, trains, len(files))
     return found
 
 
-def _decode(files: list[Files], workers: int) -> Iterator[Finding]:
-    """Check images and label maps in ``workers`` processes, under a progress bar."""
+def check_files(files: Files) -> tuple[list[Finding], Counter[int]]:
+    """Decode an image and its label map in full, and compare them.
+
+    Returns:
+        tuple: What is wrong, and the label map's number of pixels by value.
+    """
+    found, size = images.check_image(files.image, files.size)
+    if files.note and size is None:
+        found = [Finding(f.rule, f.place, files.note) for f in found]
+    if files.label is None:
+        return found, Counter()
+    more, pixels = segmentation.check_label(files.label, size, files.values)
+    return found + more, pixels
+
+
+def _decode(
+    files: list[Files], workers: int
+) -> Iterator[tuple[list[Finding], Counter[int]]]:
+    """:func:`check_files` in ``workers`` processes, under a progress bar."""
     show = partial(track, description='decoding', total=len(files))
     # More processes than chunks of work would start for nothing.
     workers = min(workers, math.ceil(len(files) / 16))
     if not files:
         return
     if workers <= 1:
-        for found in show(map(check_files, files)):
-            yield from found
+        yield from show(map(check_files, files))
         return
     pool = ProcessPoolExecutor(workers, initializer=_start_worker)
     try:
         chunk = max(1, min(64, len(files) // (8 * workers)))
-        for found in show(pool.map(check_files, files, chunksize=chunk)):
-            yield from found
+        yield from show(pool.map(check_files, files, chunksize=chunk))
     except BrokenProcessPool as error:
         raise UserError(
             'a worker process was ended from outside, most likely for want of memory: '

@@ -7,14 +7,17 @@ import inspect
 import json
 import math
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from mmcls_involution.data.images import times
+from mmcls_involution.data.images import backslash, times
 from mmcls_involution.data.rules import Files, Finding, repeated
 from mmcls_involution.engine.config import dicts
 
@@ -35,7 +38,47 @@ def loads_as_coco(cls: type | None) -> bool:
     return getattr(cls, 'load_data_list', None) is CocoDataset.load_data_list
 
 
-def read(ann_file: Path) -> tuple[list[dict], list[dict], list[dict]]:
+def scores_coco(cls: type | None) -> bool:
+    """Whether a metric reads its annotations the way MMDetection's CocoMetric does."""
+    if importlib.util.find_spec('mmdet') is None or not inspect.isclass(cls):
+        return False
+    from mmdet.evaluation import CocoMetric
+
+    return issubclass(cls, CocoMetric)
+
+
+@dataclass(frozen=True)
+class Content:
+    """The lists of a COCO annotation file."""
+
+    images: list[dict]
+    annotations: list[dict]
+    categories: list[dict]
+
+    @cached_property
+    def used(self) -> Counter[Any]:
+        """How many annotations each category has, by :func:`_key` of its id."""
+        return Counter(_key(a.get('category_id')) for a in self.annotations)
+
+    def roots(self) -> list[int | str]:
+        """Ids of categories that no annotation has and that others are under.
+
+        Roboflow writes one before the classes, with the name of the project.
+        """
+        above = {_key(c.get('supercategory')) for c in self.categories}
+        return [
+            c['id']
+            for c in self.categories
+            if not self.used[_key(c['id'])] and c['name'] in above
+        ]
+
+
+def _key(value: Any) -> Any:
+    """Something hashable in place of an id, whatever a file has there."""
+    return value if isinstance(value, int | str) else repr(value)
+
+
+def read(ann_file: Path) -> Content:
     """Images, annotations and categories of a COCO annotation file.
 
     There may be no annotations, as in the lists of test images.
@@ -64,134 +107,316 @@ def read(ann_file: Path) -> tuple[list[dict], list[dict], list[dict]]:
             raise NotCoco(
                 f'{what}: not every item of its "categories" has an "id" and a "name"'
             )
-    images, annotations, categories = lists
-    return images, annotations, categories
+    return Content(*lists)
 
 
 def check_quickly(
-    path: str, ann_file: Path, folder: Path, classes: list[str]
+    path: str,
+    ann_file: Path,
+    folder: Path,
+    classes: list[str],
+    masks: bool = False,
 ) -> Iterator[Finding]:
-    """Compare an annotation file with the config: its classes, the first photo.
-
-    MMDetection numbers the labels in the order of the file, and drops without a word
-    the boxes of every category that ``classes`` does not name.
+    """Check an annotation file: against the config, in itself, its first photo.
 
     Args:
         path (str): Where in the config the data set is.
         ann_file (Path): The annotation file.
         folder (Path): The folder of the photos.
         classes (list[str]): What the config says.
+        masks (bool): Whether masks are trained or evaluated. Defaults to False.
     """
     try:
-        images, _, categories = read(ann_file)
+        content = read(ann_file)
     except NotCoco as error:
         yield Finding('no COCO file', str(error))
         return
-    names = [category['name'] for category in categories]
-    found = [name for name in names if name in classes]
-    if found != classes:
-        missing = [name for name in classes if name not in names]
-        if missing:
-            problem = f'{", ".join(map(repr, missing))} not among its categories'
-        elif len(found) > len(classes):
-            problem = 'some category appears twice in the file'
-        else:
-            problem = 'the order differs, so the labels would get the wrong names'
-            names = found
-        yield Finding(
-            'classes',
-            f'{path}: metainfo.classes does not fit {ann_file}',
-            f'{problem}. The file has, in this order: {tuple(names)}',
-        )
-    name = str(images[0].get('file_name'))
+    yield from _check_classes(path, ann_file, content, classes)
+    name = str(content.images[0].get('file_name'))
     if not (folder / name).expanduser().exists():
-        yield Finding(
-            'image folder',
-            path,
-            f'{ann_file} names the photo {name}, which is not in the folder {folder}',
+        detail = f'{ann_file} names the photo {name}, which is not in the folder '
+        detail += '; '.join(filter(None, [str(folder), backslash(name)]))
+        yield Finding('image folder', path, detail)
+    entries = Entries(content, classes, masks)
+    yield from entries.found
+    yield from entries.check_use(str(ann_file), path.startswith('train'))
+
+
+def _check_classes(
+    path: str, ann_file: Path, content: Content, classes: list[str]
+) -> Iterator[Finding]:
+    """Compare the categories of a file with the classes of the config.
+
+    MMDetection numbers the labels in the order of the file, and drops without a word
+    the boxes of every category that ``classes`` does not name.
+    """
+    names = [category['name'] for category in content.categories]
+    found = [name for name in names if name in classes]
+    if found == classes:
+        return
+    roots = content.roots()
+    missing = [name for name in classes if name not in names]
+    twice = [name for name in classes if names.count(name) > 1]
+    if missing:
+        problem = f'{", ".join(map(repr, missing))} not among its categories'
+        names = [c['name'] for c in content.categories if c['id'] not in roots]
+    elif twice:
+        same = [c['id'] for c in content.categories if c['name'] == twice[0]]
+        empty = [key for key in same if not content.used[_key(key)]] or same[1:]
+        command = (
+            f'import json; p = {str(ann_file)!r}; c = json.load(open(p)); '
+            'c["categories"] = [i for i in c["categories"] if i["id"] not in '
+            f'{empty}]; json.dump(c, open(p, "w"))'
         )
+        yield Finding(
+            'category twice',
+            str(ann_file),
+            f'{twice[0]!r} is category {" and ".join(map(repr, same))}; of '
+            f'{", ".join(map(repr, empty))} there is '
+            f'{content.used[_key(empty[0])] or "no"} annotation'
+            f'{" (the root that Roboflow adds)" if empty[0] in roots else ""}. '
+            f'python -c {shlex.quote(command)} takes it out',
+        )
+        return
+    else:
+        problem = 'the order differs, so the labels would get the wrong names'
+        names = found
+    left_out = [c['name'] for c in content.categories if c['id'] in roots]
+    if missing and left_out:
+        problem += (
+            f'. {", ".join(map(repr, left_out))} is the root that Roboflow adds, which '
+            'no annotation has: leave it out'
+        )
+    yield Finding(
+        'classes',
+        f'{path}: metainfo.classes does not fit {ann_file}',
+        f'{problem}. The file has, in this order: {tuple(names)}',
+    )
+
+
+class Entries:
+    """What the images and annotations of a file say, one by one.
+
+    Args:
+        content (Content): Of the file.
+        classes (list[str]): Those of the config.
+        masks (bool): Whether masks are trained or evaluated.
+
+    Attributes:
+        found (list[Finding]): What is wrong with single entries.
+        usable (Counter): Objects that are trained or evaluated, by class.
+        unused (Counter): The others, by the reason.
+    """
+
+    def __init__(self, content: Content, classes: list[str], masks: bool) -> None:
+        self.masks = masks
+        self.classes = classes
+        self.names = {c['id']: c['name'] for c in content.categories}
+        self.sizes: dict[Any, tuple[str, tuple[float, float] | None]] = {}
+        self.usable: Counter[str] = Counter()
+        self.unused: Counter[str] = Counter()
+        self.found = [
+            *repeated('image id', (i.get('id') for i in content.images)),
+            *repeated('image', (i.get('file_name') for i in content.images)),
+            *repeated('annotation id', (a.get('id') for a in content.annotations)),
+            *repeated('category id', (c['id'] for c in content.categories)),
+        ]
+        for image in content.images:
+            self._check_image(image)
+        unknown: Counter[str] = Counter()
+        zero = text = 0
+        wanted = set(classes)
+        for annotation in content.annotations:
+            try:
+                reason = self._check_annotation(annotation, wanted, unknown)
+            except (KeyError, TypeError, ValueError) as error:
+                place = f'annotation {annotation.get("id")}'
+                self.found.append(Finding('malformed entry', place, _reason(error)))
+                reason = 'malformed'
+            if reason is None:
+                self.usable[self.names[annotation['category_id']]] += 1
+            else:
+                self.unused[reason] += 1
+            number = annotation.get('id')
+            zero += number == 0
+            text += isinstance(number, str)
+        self.found += [
+            Finding('unknown category', what, f'{count} annotation(s)')
+            for what, count in unknown.items()
+        ]
+        if zero or text:
+            what = 'annotation id 0' if zero else f'{text} annotation ids that are text'
+            self.found.append(Finding('annotation id', what))
+
+    def _check_image(self, image: dict) -> None:
+        place = f'image {image.get("file_name", image.get("id"))}'
+        try:
+            name, number = image['file_name'], image['id']
+            self.sizes[number] = str(name), None
+            size = image['width'], image['height']
+            if not all(isinstance(length, int | float) for length in size):
+                raise ValueError(f'width and height are {size}: expected two numbers')
+            self.sizes[number] = str(name), size
+        except (KeyError, TypeError, ValueError) as error:
+            self.found.append(Finding('malformed entry', place, _reason(error)))
+
+    def _check_annotation(
+        self, annotation: dict, wanted: set[str], unknown: Counter[str]
+    ) -> str | None:
+        """Check one; give the reason why it is not used, or None.
+
+        Called for each of COCO's 860,000, so that places are named late.
+
+        Raises:
+            KeyError, TypeError, ValueError: If something lacks or is of another kind.
+        """
+        key, category = annotation['id'], annotation['category_id']
+        image, size = self.sizes.get(annotation['image_id'], (None, None))
+        box, area = annotation['bbox'], annotation['area']
+        try:
+            x, y, w, h = box
+            finite = math.isfinite(x + y + w + h + area)
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise ValueError(f'bbox {box}, area {area}: expected 4 numbers and 1')
+        crowd = annotation.get('iscrowd')
+        if crowd not in (0, 1, None):
+            raise ValueError(f'iscrowd {crowd!r}: expected 0 or 1')
+
+        reason = None
+        name = self.names.get(category)
+        if name is None:
+            unknown[f'category_id {category!r}, not among the categories'] += 1
+            reason = 'of an unknown category'
+        elif name not in wanted:
+            unknown[f'{name} (id {category}), not among classes'] += 1
+            reason = 'of a category that metainfo.classes does not name'
+        if image is None:
+            number = annotation['image_id']
+            detail = f'image_id {number!r}{self._twin(number)}'
+            self.found.append(Finding('unknown image', f'annotation {key}', detail))
+            return 'of an unknown image'
+        if w < 1 or h < 1 or area <= 0:
+            place = f'annotation {key} of {image}'
+            detail = f'bbox {box}, area {area}'
+            self.found.append(Finding('box without area', place, detail))
+            reason = reason or 'without area'
+        elif size is not None:
+            width, height = size
+            # Inverted, as a box that lies well inside is the rule.
+            if not (
+                x >= -MARGIN
+                and y >= -MARGIN
+                and x + w <= width + MARGIN
+                and y + h <= height + MARGIN
+            ):
+                place = f'annotation {key} of {image}'
+                detail = f'bbox {box}, image {times(size)}'
+                self.found.append(Finding('box outside the image', place, detail))
+                if not (x < width and y < height and x + w > 0 and y + h > 0):
+                    reason = reason or 'outside the image'
+        if reason is None and (crowd or annotation.get('ignore')):
+            reason = 'with iscrowd=1' if crowd else 'with "ignore"'
+        if self.masks and reason in (None, 'with iscrowd=1'):
+            mask = annotation.get('segmentation')
+            if not mask:
+                place = f'annotation {key} of {image}'
+                self.found.append(Finding('no mask', place, 'has no segmentation'))
+            elif wrong := _wrong_mask(mask, size):
+                rule, detail = wrong
+                place = f'annotation {key} of {image}'
+                self.found.append(Finding(rule, place, detail))
+        return reason
+
+    def _twin(self, number: Any) -> str:
+        """Whether an id is known as text instead of a number, or the other way."""
+        keys = (k for k in self.sizes if str(k) == str(number))
+        twin = next(keys, None) if isinstance(number, int | str) else None
+        if twin is None:
+            return ''
+        return f'; the images have {twin!r}: both must be numbers'
+
+    def check_use(self, ann_file: str, trains: bool) -> Iterator[Finding]:
+        """Whether there is something to train on, of each class."""
+        if not trains:
+            return
+        reasons = ', '.join(f'{n} {why}' for why, n in self.unused.most_common())
+        if not self.usable:
+            detail = f'none of its annotations can be trained on: {reasons}'
+            if not self.unused:
+                detail = 'it has no annotations'
+            yield Finding('nothing to train on', ann_file, detail)
+            return
+        named = set(self.names.values())
+        empty = [c for c in self.classes if c in named and not self.usable[c]]
+        if empty:
+            detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
+            if reasons:
+                detail += f'; annotations that are not used: {reasons}'
+            yield Finding('class without objects', ann_file, detail)
+
+
+def _reason(error: Exception) -> str:
+    """What an entry lacks, or has of the wrong kind."""
+    if isinstance(error, KeyError):
+        return f'it has no {error}'
+    if 'unhashable' in str(error):
+        return 'an id is a list or a dict: expected a number'
+    return str(error)
+
+
+def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] | None:
+    """The rule that a segmentation breaks, and how; None for a sound one."""
+    broken = 'broken mask'
+    if isinstance(mask, dict):
+        shape, counts = mask.get('size'), mask.get('counts')
+        if not isinstance(counts, list | str) or not isinstance(shape, list):
+            return broken, 'a run-length code needs "counts" and "size"'
+        if size is not None and shape != [size[1], size[0]]:
+            return broken, f'its code is of {times(shape[::-1])}, not {times(size)}'
+        return None
+    if not isinstance(mask, list):
+        return broken, f'{mask!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]'
+    for polygon in mask:
+        if not isinstance(polygon, list):
+            return broken, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+        # The first will do: COCO has 50 million of them.
+        if polygon and not isinstance(polygon[0], int | float):
+            return broken, 'a polygon has something else than numbers'
+    for polygon in mask:
+        if len(polygon) < 6 or len(polygon) % 2:
+            detail = f'a polygon of {len(polygon)} numbers: expected 3 or more pairs'
+            return 'short polygon', detail
+    return None
 
 
 def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
-    """Check the annotation file of a CocoDataset; give its images."""
+    """Give the images of a CocoDataset; the quick check has looked at the file."""
     path = Path(dataset.ann_file)
     if not path.is_file():
-        return [], []  # the quick check has said so
+        return [], []
     try:
-        images, annotations, categories = read(path)
+        content = read(path)
     except NotCoco:
-        return [], []  # likewise
-    names = {category['id']: category['name'] for category in categories}
-    found = [
-        *repeated('image id', (i.get('id') for i in images)),
-        *repeated('image', (i.get('file_name') for i in images)),
-        *repeated('annotation id', (a.get('id') for a in annotations)),
-        *repeated('category id', (c['id'] for c in categories)),
+        return [], []
+    entries = Entries(content, list(dataset.metainfo['classes']), masks=False)
+    counts = ', '.join(f'{c} {entries.usable[c]}' for c in entries.classes)
+    print(f'{path}: objects by class: {counts}', flush=True)
+    folder = dataset.data_prefix.get('img', '')
+    return [], [
+        Files(os.path.join(folder, name), size, note=backslash(name))
+        for name, size in entries.sizes.values()
+        if size is not None
     ]
-    files, sizes = [], {}
-    for image in images:
-        place = f'image {image.get("file_name", image.get("id"))}'
-        try:
-            sizes[image['id']] = place, None
-            size = int(image['width']), int(image['height'])
-            name = os.path.join(dataset.data_prefix.get('img', ''), image['file_name'])
-            sizes[image['id']] = image['file_name'], size
-            files.append(Files(name, size))
-        except (KeyError, TypeError, ValueError) as error:
-            found.append(Finding('malformed entry', place, repr(error)))
-
-    classes = dataset.metainfo['classes']
-    unused: Counter[str] = Counter()
-    masks = _trains_masks(cfg)
-    for annotation in annotations:
-        place = f'annotation {annotation.get("id")}'
-        try:
-            _, category, number = (
-                annotation[key] for key in ('id', 'category_id', 'image_id')
-            )
-            if category not in names:
-                unused[f'category_id {category}, not among the categories'] += 1
-            elif names[category] not in classes:
-                unused[f'{names[category]} (id {category}), not among classes'] += 1
-            if number not in sizes:
-                found.append(Finding('unknown image', place, f'image_id {number}'))
-                continue
-            image, size = sizes[number]
-            place += f' of {image}'
-            found += _check_box(place, annotation['bbox'], annotation['area'], size)
-        except (KeyError, TypeError, ValueError) as error:
-            found.append(Finding('malformed entry', place, repr(error)))
-        if masks and not annotation.get('segmentation'):
-            found.append(Finding('no mask', place))
-    found += [
-        Finding('unknown category', what, f'{count} annotation(s)')
-        for what, count in unused.items()
-    ]
-    return found, files
 
 
-def _check_box(
-    place: str, box: list[float], area: float, size: tuple[int, int] | None
-) -> list[Finding]:
-    """Check a COCO box (x, y, width, height) against its image's (width, height).
-
-    None: the image's size is not known.
-
-    Raises:
-        TypeError, ValueError: If these are not four and one finite numbers.
-    """
-    x, y, w, h = map(float, box)
-    if not all(map(math.isfinite, (x, y, w, h, area))):
-        raise ValueError(f'bbox {box}, area {area}')
-    if w <= 0 or h <= 0 or area <= 0:
-        return [Finding('box without area', place, f'bbox {box}, area {area}')]
-    width, height = size or (math.inf, math.inf)
-    if min(x, y) < -MARGIN or x + w > width + MARGIN or y + h > height + MARGIN:
-        detail = f'bbox {box}' + (f', image {times(size)}' if size else '')
-        return [Finding('box outside the image', place, detail)]
-    return []
-
-
-def _trains_masks(cfg: Config) -> bool:
-    loader = cfg.get('train_dataloader') or {}
-    return any(part.get('with_mask') for _, part in dicts(loader))
+def uses_masks(cfg: Config) -> bool:
+    """Whether the config trains masks, or evaluates them."""
+    parts = dicts(
+        [cfg.get(k) for k in ('train_dataloader', 'val_evaluator', 'test_evaluator')]
+    )
+    return any(
+        part.get('with_mask') or 'segm' in (part.get('metric') or ())
+        for _, part in parts
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import cv2
@@ -55,7 +56,7 @@ def check_image(
     except FileNotFoundError:
         return [Finding('missing image', path)], None
     except (OSError, ValueError, cv2.error):
-        return [Finding('undecodable image', path)], None
+        return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
     if expected in (None, size):
         return [], size
@@ -68,3 +69,32 @@ def check_image(
 def times(size: tuple[int, int]) -> str:
     """A width and a height as text."""
     return f'{size[0]}x{size[1]}'
+
+
+def image_size(path: str) -> tuple[int, int] | None:
+    """Width and height that a file's header says; None where there is none.
+
+    Turned as the orientation says, which OpenCV minds and Pillow does not.
+    """
+    try:
+        with Image.open(path) as file:
+            turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return file.size[::-1] if turned else file.size
+    except OSError:
+        return None
+
+
+def there(folder: Path) -> str:
+    """What is in a folder where something was looked for in vain."""
+    names = sorted(path.name for path in folder.iterdir())
+    if not names:
+        return '; the folder is empty'
+    more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+    return f'; there are {", ".join(names[:3])}{more}'
+
+
+def backslash(name: str) -> str:
+    """Why a file of this name may be missing where \\ separates no folders, or ''."""
+    if '\\' not in name or os.sep == '\\':
+        return ''
+    return 'a backslash separates no folders here: write / in its place'

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmcls_involution.data.segmentation import Values
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,15 @@ class Rule:
         name (str): What is wrong, as the report calls it.
         fix (str): What it leads to where that is not plain, and what to do about it.
         quick (bool): Whether it is looked for before each run too, and stops it.
-            Defaults to False: only the full check looks for it.
+            Defaults to False.
+        warns (bool): Whether it is said before each run, which goes on. Defaults to
+            False: only the full check says it.
     """
 
     name: str
     fix: str
     quick: bool = False
+    warns: bool = False
 
 
 # In the order of the report.
@@ -52,11 +58,39 @@ _RULES = (
     ),
     Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
     Rule(
+        'category twice',
+        'take one of them out, as both would become classes',
+        quick=True,
+    ),
+    Rule(
         'malformed entry',
         'the annotation file must give it in its format; write it anew',
+        quick=True,
+    ),
+    Rule(
+        'nothing to train on',
+        'annotate objects, or set what makes them unused right, such as iscrowd=1, '
+        'which is for areas that a model need not find',
+        quick=True,
+    ),
+    Rule(
+        'class without objects',
+        'it cannot be learnt; take it out of metainfo.classes and num_classes, or '
+        'annotate some',
+        warns=True,
+    ),
+    Rule(
+        'no data',
+        'name the folder and the suffix of the files, or put them there',
+        quick=True,
     ),
     Rule('missing image', 'get it again, or take it out of the annotations'),
-    Rule('undecodable image', 'damaged: get it again'),
+    Rule(
+        'undecodable image',
+        'damaged: get it again, or take it out of the annotations; where only its end '
+        "is cut off: python -c \"import cv2; cv2.imwrite('NEW.png', "
+        "cv2.imread('IMAGE'))\"",
+    ),
     Rule(
         'image size',
         'the annotations are of another image, or it was resized or turned',
@@ -64,22 +98,76 @@ _RULES = (
     Rule(
         'duplicate', 'must be unique: training stops, or the later one hides the first'
     ),
+    Rule(
+        'annotation id',
+        'our tools number it anew as they read the file, but pycocotools by itself '
+        'takes a match with id 0 for none, and text for an error; number from 1',
+    ),
     Rule('unknown image', 'the annotation belongs to no image and is not used'),
     Rule('unknown category', 'its boxes are not used; set metainfo.classes to name it'),
-    Rule('box without area', 'not used in training; draw it again, or take it out'),
+    Rule(
+        'box without area',
+        'or less than a pixel wide or high: not used in training; draw it again, or '
+        'take it out',
+    ),
     Rule('box outside the image', 'cut off in training; the box or the size is wrong'),
-    Rule('no mask', 'the config trains masks, and training stops here; draw it'),
-    Rule('missing label', 'training stops here; get it again, or take the image away'),
+    Rule(
+        'no mask',
+        'the config trains or evaluates masks, and stops here; draw it, or take the '
+        'object out',
+        quick=True,
+    ),
+    Rule(
+        'broken mask',
+        'it is not trained, or training or evaluation stop here; draw it again, or '
+        'take the object out',
+        quick=True,
+    ),
+    Rule(
+        'short polygon',
+        'left out of training, and evaluation takes it for something else: draw it '
+        'again, or take it out',
+        warns=True,
+    ),
+    Rule(
+        'missing label',
+        'training stops here; get it again, or take the image away',
+        quick=True,
+    ),
     Rule(
         'missing labelTrainIds',
         'make them: pip install cityscapesscripts; python $(python -c "import mmseg; '
         'print(mmseg.__path__[0])")/.mim/tools/dataset_converters/cityscapes.py '
         'data/cityscapes --nproc 8',
+        quick=True,
     ),
-    Rule('undecodable label', 'damaged, or no label map: get it again'),
-    Rule('label size', 'the label is of another image, or one of them was resized'),
+    Rule('undecodable label', 'damaged, or no label map: get it again', quick=True),
     Rule(
-        'label value', 'number the classes from 0 to their number - 1; 255 is ignored'
+        'label size',
+        'the label is of another image, or one of them was resized',
+        quick=True,
+    ),
+    Rule(
+        'label value',
+        'number the classes from 0 to their number - 1; 255 is ignored',
+        quick=True,
+    ),
+    Rule(
+        'one class alone',
+        'there is nothing to tell apart, and the scores would look perfect; write each '
+        'class as its number, and ignore none that is to be learnt',
+        quick=True,
+    ),
+    Rule(
+        'class without pixels',
+        'it cannot be learnt, nor scored; take it out of metainfo.classes and '
+        'num_classes, or write its pixels as its number',
+        warns=True,
+    ),
+    Rule(
+        'hidden folder',
+        'take it away: it counts as a class, before the others',
+        quick=True,
     ),
     Rule(
         'empty class folder', 'a class without images; get them again, or merge classes'
@@ -122,17 +210,25 @@ class Files:
         image (str): Path.
         size (tuple[int, int], optional): Width and height in pixels.
         label (str, optional): Path of its segmentation map.
-        values (frozenset[int], optional): The values that the map may have.
+        values (Values, optional): What the values of the map mean.
+        note (str): Why the image may be missing. Defaults to ''.
     """
 
     image: str
     size: tuple[int, int] | None = None
     label: str | None = None
-    values: frozenset[int] | None = None
+    values: Values | None = None
+    note: str = ''
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:
     """Findings about items that occur more than once."""
+    items = list(items)
+    try:
+        if len(set(items)) == len(items):
+            return
+    except TypeError:  # no ids at all, but lists, say
+        pass
     for item, count in Counter(map(repr, items)).items():
         if count > 1:
             yield Finding('duplicate', f'{what} {item}', f'{count} times')

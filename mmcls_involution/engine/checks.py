@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 
 from mmengine.config import Config
 from mmengine.logging import print_log
@@ -51,9 +52,20 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
         registered(OPTIMIZERS, cfg.optim_wrapper.get('optimizer', {}).get('type'))
         _warn_of_frozen_noise(cfg)
     for split in splits:
+        found = defaultdict(list)
         for finding in check_split_quickly(cfg, split):
-            if RULES[finding.rule].quick:
-                raise UserError(finding.message)
+            found[finding.rule].append(finding)
+        for rule in sorted(found, key=list(RULES).index):
+            first, *more = found[rule]
+            message = first.message
+            if more:
+                message += (
+                    f' {len(more)} more like this: tools/check_dataset.py lists them.'
+                )
+            if RULES[rule].quick:
+                raise UserError(message)
+            if RULES[rule].warns:
+                print_log(message, level=logging.WARNING)
 
 
 def _warn_of_frozen_noise(cfg: Config) -> None:

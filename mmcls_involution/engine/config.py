@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib.util
 import inspect
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 from mmengine.logging import print_log
-from mmengine.registry import RUNNERS, Registry, init_default_scope
+from mmengine.registry import MODELS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
@@ -89,6 +90,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     except Exception as error:
         raise UserError(
             f'Cannot read the config {path}: {type(error).__name__}: {error}'
+            + _quotes_in_places(path)
         ) from error
 
     options = options or {}
@@ -103,11 +105,19 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     cfg.merge_from_dict(options)
     for key in set(cfg) - _runner_arguments():
         close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
-        if close:
-            raise UserError(
-                f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
-                '(Rename it if it is a variable of yours.)'
+        if not close or _is_used(key, cfg.text):
+            continue
+        if key == f'{close[0]}s':  # a name for several, more likely than a slip
+            print_log(
+                f'{path}: {key!r} is taken for a variable of yours, as nothing reads '
+                f'it; the setting is called {close[0]!r}',
+                level=logging.WARNING,
             )
+            continue
+        raise UserError(
+            f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
+            '(Rename it if it is a variable of yours.)'
+        )
 
     scope = cfg.setdefault('default_scope', 'mmengine')
     if importlib.util.find_spec(scope) is None:
@@ -161,6 +171,12 @@ def _runner_arguments() -> set[str]:
     }
 
 
+def _is_used(name: str, text: str) -> bool:
+    """Whether a config not only sets a variable, but reads it too."""
+    found = len(re.findall(rf'\b{name}\b', text))
+    return found > len(re.findall(rf'^{name}\s*=', text, re.MULTILINE))
+
+
 def _similar_files(path: Path) -> str:
     """Name the config files whose path resembles ``path``."""
     folder = path.parent
@@ -210,7 +226,7 @@ def _distribute_on_cpu(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     )
     for _, part in dicts(cfg.get('model', {})):
-        if part.get('type') == 'SyncBN':
+        if is_called(part.get('type'), 'SyncBN', MODELS):
             part['type'] = 'BN'
     cfg.pop('sync_bn', None)
 
@@ -228,6 +244,39 @@ def registered(registry: Registry, kind: Any) -> Any:
         if found is None:
             raise UserError(unknown_type(registry, kind))
         return found
+
+
+def _quotes_in_places(path: Path) -> str:
+    """What to say of a path that MMEngine cannot put into a config's text."""
+    variables: set[str] = set()
+    files = [path]
+    for file in files:  # it grows by the files that these inherit
+        text = file.read_text(errors='replace')
+        variables |= set(re.findall(r'\{\{\$(\w+):', text))
+        bases = (
+            file.parent / name for name in re.findall(r"""['"](.+?\.py)['"]""", text)
+        )
+        files += [base for base in bases if base.is_file() and base not in files]
+    return ''.join(
+        f'. The environment variable {name} is {value}: a config cannot hold a place '
+        'with a quote or a backslash. Give it another name, or a link (ln -s) that '
+        'has none'
+        for name in sorted(variables)
+        if set(value := os.environ.get(name, '')) & set('\'"\\')
+    )
+
+
+def is_called(kind: Any, name: str, registry: Registry) -> bool:
+    """Whether a ``type`` in a config means the class that a registry calls ``name``.
+
+    Args:
+        kind: A name, which may begin with a scope (``mmdet.``), or the class itself.
+        name: Without a scope.
+        registry: The one that has it.
+    """
+    if isinstance(kind, str):
+        return kind.rpartition('.')[2] == name
+    return kind is not None and kind is registered(registry, name)
 
 
 def places(cfg: Config) -> dict[str, str]:

@@ -105,6 +105,14 @@ def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None
             if built is None:
                 return unknown_type(registry, kind)
     text = str(error)
+    if 'need at least one array to concatenate' in text:  # MMEngine packs its samples
+        keys = ('data_root', 'ann_file', 'data_prefix', 'img_suffix', 'filter_cfg')
+        given = ', '.join(f'{k}={cfg[k]!r}' for k in keys if cfg.get(k))
+        return (
+            f'{getattr(built, "__name__", kind)} holds no sample: nothing is found, or '
+            f'filter_cfg leaves nothing ({given}). tools/check_dataset.py with this '
+            'config says what is there.'
+        )
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unexpected and unexpected[1] in cfg and inspect.isclass(built):
         accepted = {

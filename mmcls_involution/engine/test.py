@@ -12,18 +12,22 @@ from pathlib import Path
 
 import mmengine
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.logging import print_log
+from mmengine.registry import METRICS
 
 from mmcls_involution.engine.checks import check
 from mmcls_involution.engine.config import (
     add_common_arguments,
     build_runner,
+    is_called,
     load_config,
 )
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import WeightsCheck
+from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.weights.files import check_checkpoint
 
 
@@ -59,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='seconds that --show shows a picture (default: 2)',
     )
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
-    parser.add_argument('--amp', action='store_true', help='test in mixed precision')
+    parser.add_argument(
+        '--amp', action='store_true', help='test in mixed precision (needs a GPU)'
+    )
     add_common_arguments(parser)
 
 
@@ -69,6 +75,11 @@ def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     check(cfg, ('test',))
     if args.amp:
+        if get_device() == 'cpu':
+            raise UserError(
+                '--amp needs a GPU, and torch sees none. Without the flag the CPU '
+                'tests in float32.'
+            )
         cfg.test_cfg.fp16 = True
     if args.show or args.show_dir:
         draw_predictions(cfg, args)
@@ -82,7 +93,7 @@ def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
         evaluators = cfg.test_evaluator
         for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
             evaluator.output_dir = args.out
-            if evaluator.get('type') == 'CityscapesMetric':
+            if is_called(evaluator.get('type'), 'CityscapesMetric', METRICS):
                 evaluator.keep_results = True
 
 
@@ -183,8 +194,10 @@ def main(args: argparse.Namespace) -> None:
         dump = DumpResults
         if cfg.default_scope == 'mmdet':  # stores masks run-length encoded
             from mmdet.evaluation import DumpDetResults as dump
-        runner.test_evaluator.metrics.append(dump(out_file_path=args.out))
-    metrics = runner.test()
+        # First, so that they are written whatever becomes of the metrics.
+        runner.test_evaluator.metrics.insert(0, dump(out_file_path=args.out))
+    with samples_by_name(runner):
+        metrics = runner.test()
     if args.out and args.out_item == 'metrics' and is_main_process():
         mmengine.dump(metrics, args.out)
     saved = 'Predictions' if args.out_item == 'pred' else 'Metrics'

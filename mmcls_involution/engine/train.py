@@ -18,17 +18,20 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.checks import check
 from mmcls_involution.engine.config import (
     add_common_arguments,
     build_runner,
+    is_called,
     load_config,
 )
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
 from mmcls_involution.engine.resume import check_resume
+from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.weights.files import (
     check_checkpoint,
     latest_checkpoint,
@@ -92,21 +95,25 @@ def use_amp(cfg: Config, requested: bool) -> None:
     """Choose the optimizer wrapper for ``--amp`` and for what the machine has."""
     wrapper = cfg.get('optim_wrapper') or {}
     kind = wrapper.get('type', 'OptimWrapper')
+    amp, plain = (
+        is_called(kind, name, OPTIM_WRAPPERS)
+        for name in ('AmpOptimWrapper', 'OptimWrapper')
+    )
     if requested and get_device() == 'cpu':
         raise UserError(
             '--amp needs a GPU, and torch sees none. Without the flag the CPU trains '
             'in float32.'
         )
-    if requested and kind == 'AmpOptimWrapper':
+    if requested and amp:
         print_log('--amp: the config uses AMP already', level=logging.WARNING)
-    elif requested and kind == 'OptimWrapper':
+    elif requested and plain:
         wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
     elif requested:
         raise UserError(
             f'--amp replaces an OptimWrapper, and the config has a {kind}. Set the '
             'precision in the config.'
         )
-    elif kind == 'AmpOptimWrapper' and get_device() == 'cpu':
+    elif amp and get_device() == 'cpu':
         print_log(
             'The config uses AMP, which needs a GPU; the CPU trains in float32',
             level=logging.WARNING,
@@ -159,5 +166,6 @@ def main(args: argparse.Namespace) -> None:
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():
         set_aside_checkpoints(runner)
-    runner.train()
+    with samples_by_name(runner):
+        runner.train()
     print_log(f'Done. Checkpoints and logs: {runner.work_dir}', logger='current')

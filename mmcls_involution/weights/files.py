@@ -46,10 +46,6 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
                 CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
             except (KeyError, OSError, RuntimeError, UserError) as error:
                 message = f'{what}: cannot load {path}: {error}.'
-    elif re.search(r'path[/_]?to|<.*>', path):
-        raise UserError(
-            f'{what} is a placeholder: {path}. Put the path of your checkpoint there.'
-        )
     elif path.endswith('.pdparams'):
         message = (
             f'{what}: {path} is a file of Paddle. '
@@ -57,6 +53,12 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
         )
     else:
         message = missing(Path(path).expanduser(), what, cfg)
+        # Only then: a folder may be called histopath/tower.
+        if message and re.search(r'(?<![a-z])path[/_]?to(?![a-z])|<.*>', path, re.I):
+            raise UserError(
+                f'{what} is a placeholder: {path}. Put the path of your checkpoint '
+                'there.'
+            )
     if message:
         if cfg is not None:
             message += f' {what.removesuffix(".checkpoint")}=None: from random weights.'

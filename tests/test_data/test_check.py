@@ -140,6 +140,7 @@ def image(**changes) -> Callable[[dict], None]:
     [
         (image(width=63), ('image size', '1.png', 'is 64x64, its annotations say 63')),
         (image(width='wide'), ('malformed entry', 'image 1.png', "'wide'")),
+        (image(width='64'), ('malformed entry', 'image 1.png', "('64', 64): expected")),
         (lambda c: c['images'][1].pop('height'), ('malformed entry', '1.png', 'heigh')),
         (annotation(id=1), ('duplicate', 'annotation id 1', '2 times')),
         (annotation(image_id=9), ('unknown image', 'annotation 2', 'image_id 9')),
@@ -149,11 +150,20 @@ def image(**changes) -> Callable[[dict], None]:
         (annotation(bbox=[50, 4, 20, 9]), ('box outside the image', '2 of 0.', '20')),
         (annotation(bbox=[-5, 4, 20, 9]), ('box outside the image', '2 of 0.', '-5')),
         (annotation(bbox=[4, 60, 2, 9]), ('box outside the image', '2 of 0.', '60')),
-        (annotation(bbox=[1, 2, 3]), ('malformed entry', 'annotation 2', 'ValueErr')),
-        (annotation(bbox=None), ('malformed entry', 'annotation 2', 'TypeError')),
+        (
+            annotation(bbox=[1, 2, 3]),
+            ('malformed entry', 'annotation 2', 'expected 4 numb'),
+        ),
+        (annotation(bbox=None), ('malformed entry', 'annotation 2', 'bbox None')),
         (annotation(bbox=[1, 2, float('nan'), 3]), ('malformed entry', '2', 'nan')),
-        (annotation(image_id=[1]), ('malformed entry', 'annotation 2', 'TypeError')),
+        (annotation(image_id=[1]), ('malformed entry', 'annotation 2', 'an id is a')),
         (lambda c: c['annotations'][1].pop('area'), ('malformed entry', '2', 'area')),
+        (annotation(bbox=['4', '4', '9', '9']), ('malformed entry', '2', 'expected 4')),
+        (annotation(iscrowd='0'), ('malformed entry', '2', "iscrowd '0': expected 0")),
+        (annotation(image_id='1'), ('unknown image', '2', "'1'; the images have 1")),
+        (annotation(id=0), ('annotation id', 'annotation id 0', '')),
+        (annotation(id='b'), ('annotation id', '1 annotation ids that are text', '')),
+        (annotation(bbox=[4, 4, 0.5, 9]), ('box without area', '2 of 0.png', '0.5')),
     ],
 )
 def test_damaged_annotations(coco, run, change, expected):
@@ -161,6 +171,143 @@ def test_damaged_annotations(coco, run, change, expected):
     (found,) = run('detector', coco)
     assert found[0] == expected[0]
     assert expected[1] in found[1] and expected[2] in found[2]
+
+
+@pytest.mark.parametrize('value', [None, 0, 'missing', 'byte order mark'])
+def test_what_everybody_means(coco, run, value):
+    """An object of a file that does not speak of crowds is one to be found."""
+
+    def change(content):
+        for item in content['annotations']:
+            item['iscrowd'] = value
+            if value == 'missing':
+                del item['iscrowd']
+
+    if value == 'byte order mark':
+        text = (coco / 'ann.json').read_text()
+        (coco / 'ann.json').write_text(text, encoding='utf-8-sig')
+    else:
+        edit(coco, change)
+    assert run('detector', coco) == []
+
+
+ALL_CROWD = 'none of its annotations can be trained on: 8 with iscrowd=1'
+
+
+@pytest.mark.parametrize(
+    ('change', 'detail'),
+    [
+        (lambda content: content['annotations'].clear(), 'it has no annotations'),
+        (lambda content: content.pop('annotations'), 'it has no annotations'),
+        (
+            lambda content: [a.update(iscrowd=1) for a in content['annotations']],
+            ALL_CROWD,
+        ),
+        (
+            lambda content: [
+                a.update(image_id=str(a['image_id'])) for a in content['annotations']
+            ],
+            'none of its annotations can be trained on: 8 of an unknown image',
+        ),
+        (
+            lambda content: [
+                a.update(category_id=str(a['category_id']))
+                for a in content['annotations']
+            ],
+            'none of its annotations can be trained on: 8 of an unknown category',
+        ),
+    ],
+)
+def test_nothing_to_train_on(coco, run, change, detail):
+    edit(coco, change)
+    found = run('detector', coco)
+    (row,) = (row for row in found if row[0] == 'nothing to train on')
+    assert row == ('nothing to train on', str(coco / 'ann.json'), detail)
+
+
+def test_class_without_objects_and_counts(coco, run, capsys):
+    def change(content):
+        for item in content['annotations'][1::2]:
+            item['iscrowd'] = 1
+
+    edit(coco, change)
+    ((rule, place, detail),) = run('detector', coco)
+    assert (rule, place) == ('class without objects', str(coco / 'ann.json'))
+    assert detail == (
+        'bar (1 of 2 classes); annotations that are not used: 4 with iscrowd=1'
+    )
+    assert 'objects by class: square 4, bar 0' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('mask', 'rule', 'detail'),
+    [
+        ([8, 8, 32, 8, 32, 32], 'broken mask', 'a flat list'),
+        ([[8, 8, 32, 32]], 'short polygon', 'a polygon of 4 numbers'),
+        ([[8, 8, 32, 8, 32, 32, 8]], 'short polygon', 'a polygon of 7 numbers'),
+        ([['8', '8', '32', '8', '32', '32']], 'broken mask', 'something else than nu'),
+        ('8,8,32,8,32,32', 'broken mask', 'expected polygons'),
+        (
+            dict(size=[32, 64], counts=[2048]),
+            'broken mask',
+            'code is of 64x32, not 64x',
+        ),
+        (dict(counts=[4096]), 'broken mask', 'needs "counts" and "size"'),
+        ([], 'no mask', ''),
+        (None, 'no mask', ''),
+        (dict(size=[64, 64], counts=[0, 4096]), None, ''),
+        ([[8, 8, 32, 8, 32, 32]], None, ''),
+    ],
+)
+def test_masks(coco, run, mask, rule, detail):
+    edit(coco, annotation(segmentation=mask))
+    assert run('detector', coco) == []
+    found = run('detector', coco, 'train_dataloader.dataset.pipeline.0.with_mask=True')
+    assert [row[:2] for row in found] == (
+        [(rule, 'annotation 2 of 0.png')] if rule else []
+    )
+    assert all(detail in row[2] for row in found)
+
+
+def test_root_category_that_roboflow_adds(coco, run):
+    def add(name):
+        def change(content):
+            root = dict(id=0, name=name, supercategory='none')
+            content['categories'].insert(0, root)
+            for category in content['categories'][1:]:
+                category['supercategory'] = name
+
+        return change
+
+    file = (coco / 'ann.json').read_text()
+    edit(coco, add('shapes'))
+    assert run('detector', coco) == []
+    option = 'train_dataloader.dataset.metainfo.classes=[disc,bar]'
+    ((rule, _, detail),) = (
+        r for r in run('detector', coco, option) if r[0] == 'classes'
+    )
+    assert "'shapes' is the root that Roboflow adds" in detail
+    assert detail.endswith("The file has, in this order: ('square', 'bar')")
+
+    (coco / 'ann.json').write_text(file)
+    edit(coco, add('bar'))
+    ((rule, place, detail),) = run('detector', coco)
+    assert rule == 'category twice'
+    assert "'bar' is category 0 and 2; of 0 there is no annotation (the root" in detail
+    command = re.search(r'python -c (.*) takes it out', detail)[1]
+    subprocess.run(f'{sys.executable} -c {command}', shell=True, check=True)
+    assert run('detector', coco) == []
+
+
+def test_backslash_in_a_file_name(coco, run):
+    edit(coco, image(file_name='photos\\1.png'))
+    (found,) = run('detector', coco)
+    assert found[0] == 'missing image' and 'write / in its place' in found[2]
+    edit(coco, lambda content: content['images'].reverse())
+    edit(coco, lambda content: content['images'].pop(0))
+    edit(coco, lambda content: content['images'].pop(0))
+    found = run('detector', coco)
+    assert found[0][0] == 'image folder' and 'write / in its place' in found[0][2]
 
 
 def test_a_box_may_exceed_its_image_by_a_pixel(coco, run):
@@ -199,7 +346,9 @@ def test_masks_are_needed_where_masks_are_trained(coco, run):
     edit(coco, lambda content: content['annotations'][2].pop('segmentation'))
     assert run('detector', coco) == []
     option = 'train_dataloader.dataset.pipeline.0.with_mask=True'
-    assert run('detector', coco, option) == [('no mask', 'annotation 3 of 1.png', '')]
+    assert run('detector', coco, option) == [
+        ('no mask', 'annotation 3 of 1.png', 'has no segmentation')
+    ]
 
 
 @pytest.mark.parametrize('content', ['{"images": [', '[]', '{"images": []}', '{}'])
@@ -216,7 +365,9 @@ def test_undecodable_image(coco, run, damage):
         tear(path, damage)
     else:
         path.write_text('' if damage == 'empty' else '<html>404</html>')
-    assert run('detector', coco) == [('undecodable image', str(path), '')]
+    assert run('detector', coco) == [
+        ('undecodable image', str(path), 'cannot be decoded')
+    ]
 
 
 def test_torn_jpeg_where_opencv_fills_it_up(monkeypatch, coco, run):
@@ -295,7 +446,7 @@ def test_sound_segmentation(seg, run):
 @pytest.mark.parametrize(
     'damage, kind, detail',
     [
-        (lambda file: file.unlink(), 'missing label', ''),
+        (lambda file: file.unlink(), 'missing label', 'does not'),
         (lambda file: file.write_text('?'), 'undecodable label', 'cannot identify'),
         (lambda file: paint(file, [2, 2, 254]), 'label value', 'has 2, 254 (3 pixels)'),
         (lambda file: paint(file, [], (64, 32)), 'label size', 'is 32x64, its image 6'),
@@ -336,8 +487,13 @@ def test_label_without_an_image(seg, run):
 
 def test_wrong_suffix(seg, run):
     found = run('segmenter', seg, 'train_dataloader.dataset.img_suffix=.jpg')
-    assert found[0][0] == 'missing image'
-    assert found[0][2] == 'no file name ends in .jpg'
+    assert found == [
+        (
+            'no data',
+            str(seg / 'images'),
+            'no file name ends in .jpg; there are 0.png, 1.png, 2.png and 1 more',
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -357,6 +513,50 @@ def test_values_that_the_config_allows(seg, run, option, sound, wrong):
     assert detail == f'has {", ".join(map(str, wrong))} ({len(wrong)} pixels)'
 
 
+NO_FOREGROUND = 'bottom (1 of 2 classes) in 4 label maps; ignored is '
+
+
+@pytest.mark.parametrize(
+    ('values', 'options', 'detail'),
+    [
+        # Half of one map, and a quarter more of the next ones: 44 % of all pixels.
+        ([0, 255], [], f'{NO_FOREGROUND}255, 56.2% of all pixels'),
+        (
+            [0, 1],
+            ['train_dataloader.dataset.reduce_zero_label=True'],
+            f'{NO_FOREGROUND}0 (by reduce_zero_label), 43.8% of all pixels',
+        ),
+        ([0, 0], [], 'bottom (1 of 2 classes) in 4 label maps'),
+        (
+            [255, 255],
+            [],
+            'top, bottom (2 of 2 classes) in 4 label maps; ignored is 255',
+        ),
+    ],
+)
+def test_masks_with_one_class_alone(seg, run, values, options, detail):
+    for file in (seg / 'labels').iterdir():
+        label = np.array(Image.open(file))
+        Image.fromarray(np.array(values, np.uint8)[label]).save(file)
+    ((rule, place, text),) = run('segmenter', seg, *options)
+    assert (rule, place) == ('one class alone', str(seg / 'labels'))
+    assert text.startswith(detail)
+
+
+def test_class_without_pixels(seg, run, tmp_path):
+    options = [
+        'train_dataloader.dataset.metainfo.classes=[top,middle,bottom]',
+        'model.decode_head.num_classes=3',
+    ]
+    assert run('segmenter', seg, *options) == [
+        (
+            'class without pixels',
+            str(seg / 'labels'),
+            'bottom (1 of 3 classes) in 4 label maps',
+        )
+    ]
+
+
 @pytest.fixture
 def cityscapes(tmp_path) -> Path:
     """The folders of Cityscapes with two images and their labelTrainIds."""
@@ -367,7 +567,11 @@ def cityscapes(tmp_path) -> Path:
         name = f'train/ulm/ulm_{i}'
         Image.new('RGB', (64, 32)).save(root / f'leftImg8bit/{name}_leftImg8bit.png')
         paint(root / f'gtFine/{name}_gtFine_labelIds.png', [7, 33], (32, 64))
-        paint(root / f'gtFine/{name}_gtFine_labelTrainIds.png', [0, 18, 255], (32, 64))
+        paint(
+            root / f'gtFine/{name}_gtFine_labelTrainIds.png',
+            [*range(19), 255],
+            (32, 64),
+        )
     return root
 
 
@@ -426,7 +630,7 @@ def test_damaged_and_empty_folders(cls, run):
         file.rename(file.with_suffix('.txt'))
     assert run('classifier', cls) == [
         ('empty class folder', str(cls / 'light'), ''),
-        ('undecodable image', str(cls / 'dark' / 'dark_0.png'), ''),
+        ('undecodable image', str(cls / 'dark' / 'dark_0.png'), 'cannot be decoded'),
     ]
 
 
@@ -442,6 +646,28 @@ def test_classes_in_another_order_than_the_folders(cls, run):
     classes = 'train_dataloader.dataset.metainfo.classes=[light,dark]'
     (found,) = run('classifier', cls, classes)
     assert found[0] == 'classes' and "must be ('dark', 'light')" in found[2]
+
+
+def test_hidden_folder_beside_class_folders(cls, run):
+    shutil.copytree(cls / 'dark', cls / '.ipynb_checkpoints')
+    hidden = ('hidden folder', str(cls / '.ipynb_checkpoints'), '')
+    assert run('classifier', cls) == [hidden]
+
+
+def test_folder_without_images(cls, run):
+    for file in cls.glob('*/*.png'):
+        file.rename(file.with_suffix('.heic'))
+    ((rule, place, detail),) = (r for r in run('classifier', cls) if r[0] == 'no data')
+    assert place == str(cls)
+    assert detail.startswith('no file name ends in one of .bmp, .jpeg, ')
+    assert detail.endswith('; there are dark, light')
+
+
+def test_backslash_in_a_list(cls, run):
+    (cls / 'list.txt').write_text('dark\\dark_0.png 0\nlight/light_0.png 1')
+    option = f'train_dataloader.dataset.ann_file={cls / "list.txt"}'
+    (found,) = run('classifier', cls, option)
+    assert found[0] == 'missing image' and 'write / in its place' in found[2]
 
 
 def test_list_of_names_and_labels(cls, run):

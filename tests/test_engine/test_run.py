@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from mmcls_involution import __main__ as commands
+from mmcls_involution.data import segmentation
 
 torch = pytest.importorskip('torch')
 Runner = pytest.importorskip('mmengine.runner').Runner
@@ -135,6 +136,21 @@ def test_pictures_and_predictions(task, checkpoint, tool, tmp_path):
         assert len(list(out.glob('*.png'))) == 4
     else:
         assert len(pickle.loads(out.read_bytes())) == 4
+
+
+def test_predictions_outlive_a_metric_that_fails(
+    checkpoint, tool, tmp_path, monkeypatch
+):
+    file, out = checkpoint('detector'), tmp_path / 'predictions.pkl'
+    from mmdet.evaluation import CocoMetric
+
+    def fail(self, results):
+        raise RuntimeError('of the metric')
+
+    monkeypatch.setattr(CocoMetric, 'compute_metrics', fail)
+    with pytest.raises(RuntimeError, match='of the metric'):
+        tool('test', 'detector', file, '--work-dir', tmp_path, '--out', out)
+    assert len(pickle.loads(out.read_bytes())) == 4
 
 
 @pytest.mark.parametrize('task', ['detector', 'classifier'])
@@ -763,6 +779,62 @@ def test_config_file_error_is_one_message(text, expected, tool, tmp_path):
     assert re.search(expected, message, re.DOTALL), message
 
 
+@pytest.mark.parametrize(
+    ('text', 'warns'),
+    [
+        ("work_dirs = 'runs'", True),
+        ('train_cfgs = dict()', True),
+        ('optim_wraper = dict(lr=1)\nrate = optim_wraper["lr"]', False),
+    ],
+)
+def test_variables_of_the_user_pass(text, warns, tool, tmp_path, capfd):
+    """What is refused comes after: the config has been read."""
+    file = edited(tmp_path, 'detector', text)
+    options = ['--cfg-options', 'load_from=nowhere.pth']
+    message = tool('train', 'detector', file, '--work-dir', tmp_path, *options)
+    assert message.startswith('Error: load_from: nowhere.pth does not exist')
+    said = 'is taken for a variable of yours' in ''.join(capfd.readouterr())
+    assert said == warns
+
+
+@pytest.mark.parametrize('folder', ['histopath/tower', 'path/to', '<mine>'])
+def test_a_checkpoint_that_is_there_is_no_placeholder(
+    folder, checkpoint, tool, tmp_path
+):
+    file = tmp_path / folder / 'last.pth'
+    file.parent.mkdir(parents=True)
+    shutil.copy(checkpoint('segmenter'), file)
+    assert tool('test', 'segmenter', file, '--work-dir', tmp_path / 'work') == ''
+    message = tool('test', 'segmenter', file.parent / 'no.pth')
+    assert ('is a placeholder' in message) == (folder != 'histopath/tower')
+
+
+def test_info_of_a_coco_file_may_have_categories(coco_root, tmp_path, tool):
+    def change(content: dict) -> None:
+        content['info'] = dict(categories=['blood'], images=[], annotations=7)
+        for key in [*content][:-1]:  # info comes first
+            content[key] = content.pop(key)
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    options += ['train_cfg.max_epochs=1']
+    arguments = ['--work-dir', tmp_path / 'work', '--no-validate', *options]
+    assert tool('train', 'detector', *arguments) == ''
+
+
+def test_quote_in_a_path(coco_root, tool, tmp_path, monkeypatch):
+    """A work dir may have one; a place that is written into a config may not."""
+    file = edited(tmp_path, 'detector', '')
+    root = shutil.copytree(coco_root, tmp_path / "it's")
+    monkeypatch.setenv('TINY_DATA', str(root))
+    monkeypatch.setattr(sys, 'argv', ['train', str(file)])
+    with pytest.raises(SystemExit) as end:
+        commands.run('train')
+    assert f'The environment variable TINY_DATA is {root}: a' in str(end.value)
+    options = ['--cfg-options', f'train_dataloader.dataset.data_root={root}']
+    arguments = ['--work-dir', tmp_path / "its' work", '--no-validate', *options]
+    assert tool('train', 'detector', *arguments) == ''
+
+
 def test_missing_data_names_the_variable_for_its_place(tool, tmp_path, monkeypatch):
     monkeypatch.setitem(DATA, 'detector', 'nowhere')
     message = tool('train', 'detector', '--work-dir', tmp_path)
@@ -876,13 +948,237 @@ def test_annotation_file_that_is_not_coco(text, tmp_path, tool):
     assert 'is not a COCO annotation file' in message
 
 
-def test_metrics_of_other_annotations(coco_root, tmp_path, tool):
+@pytest.mark.parametrize('metric', ['CocoMetric', 'mmdet.CocoMetric', 'subclass'])
+@pytest.mark.parametrize('wrapped', [False, True])
+def test_metrics_of_other_annotations(metric, wrapped, coco_root, tmp_path, tool):
+    if metric == 'subclass':
+        from mmdet.evaluation import CocoMetric
+        from mmdet.registry import METRICS
+
+        metric = 'MetricOfMyOwn'
+        METRICS.register_module(
+            name=metric, module=type(metric, (CocoMetric,), {}), force=True
+        )
     other = tmp_path / 'ann.json'
     shutil.copy(coco_root / 'ann.json', other)
-    option = f'val_dataloader.dataset.ann_file={other}'
-    message = tool('train', 'detector', '--work-dir', tmp_path, '--cfg-options', option)
+    text = f'val_evaluator = dict(type={metric!r})\n'
+    place = 'val_dataloader.dataset'
+    if wrapped:
+        text += """
+_inner = dict(type='CocoDataset', data_root='{{$TINY_DATA:x}}',
+    data_prefix=dict(img=''), ann_file='ann.json', test_mode=True,
+    metainfo=dict(classes=('square', 'bar')))
+val_dataloader = dict(dataset=dict(
+    _delete_=True, type='mmdet.ConcatDataset', datasets=[_inner]))
+"""
+        place += '.datasets.0'
+    file = edited(tmp_path, 'detector', text)
+    message = tool(
+        'train', 'detector', file, '--work-dir', tmp_path / 'work',
+        '--cfg-options', f'{place}.ann_file={other}',
+    )  # fmt: skip
     assert f'but the data set reads {other}' in message
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
+
+
+@pytest.fixture
+def seg_copy(seg_root, tmp_path) -> Path:
+    return shutil.copytree(seg_root, tmp_path / 'seg')
+
+
+def rewrite(file: Path, change: Callable[[np.ndarray], np.ndarray]) -> None:
+    Image.fromarray(change(np.array(Image.open(file)))).save(file)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'expected'),
+    [
+        (
+            lambda file: file.unlink(),
+            'labels/2.png: does not exist. Training stops here',
+        ),
+        (lambda file: rewrite(file, lambda a: a * 3), 'labels/2.png: has 3 ('),
+        (lambda file: rewrite(file, lambda a: np.dstack([a] * 3)), 'shape (64, 64, 3)'),
+        (lambda file: rewrite(file, lambda a: a[:32]), 'is 64x32, its image 64x64'),
+        (lambda file: file.write_bytes(file.read_bytes()[:-40]), 'labels/2.png: '),
+        (
+            lambda file: [rewrite(f, lambda a: a * 255) for f in file.parent.iterdir()],
+            'bottom (1 of 2 classes) in 4 label maps; ignored is 255, 56.2% of all',
+        ),
+    ],
+)
+def test_damaged_label_maps(damage, expected, seg_copy, tool, tmp_path):
+    damage(seg_copy / 'labels' / '2.png')
+    options = [f'train_dataloader.dataset.data_root={seg_copy}']
+    message = tool(
+        'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith('Error: ') and expected in message, message
+    assert not (tmp_path / 'w').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('split', ['train', 'val'])
+def test_image_that_is_cut_short(split, workers, coco_root, tool, tmp_path):
+    """OpenCV's imread reads such a JPEG and warns, its imdecode gives nothing."""
+    root = shutil.copytree(coco_root, tmp_path / 'data')
+    cv2 = pytest.importorskip('cv2')
+    torn = cv2.imencode('.jpg', cv2.imread(str(root / '2.png')))[1].tobytes()[:-20]
+    (root / '2.png').write_bytes(torn)
+    options = [f'{split}_dataloader.dataset.data_root={root}']
+    options += [f'{split}_dataloader.num_workers={workers}']
+    options += ['val_evaluator.ann_file=' + str(root / 'ann.json')] * (split == 'val')
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith(f'Error: {root / "2.png"}: cannot be decoded. Damaged'), (
+        message
+    )
+    assert 'check_dataset.py' in message and len(message.splitlines()) == 1
+    command = re.search('python -c "(.*?)"', message)[1]
+    os_names = (('NEW.png', tmp_path / 'new.png'), ('IMAGE', root / '2.png'))
+    for name, file in os_names:
+        command = command.replace(name, str(file))
+    exec(command)
+    assert np.array(Image.open(tmp_path / 'new.png')).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(
+    ('damage', 'expected'),
+    [
+        (lambda a: a * 3, '.png: has 3 ('),
+        (lambda a: np.dstack([a] * 3), 'shape (64, 64, 3)'),
+        (lambda a: a[:32], 'is 64x32, its image 64x64'),
+    ],
+)
+def test_damage_that_is_met_in_training(
+    damage, expected, seg_copy, tool, tmp_path, monkeypatch
+):
+    """Label maps that the sample read before a run passes over."""
+    monkeypatch.setattr(segmentation, 'SAMPLE', 2)
+    for i in (1, 2, 3):  # of four, the first and the third are read
+        shutil.copy(seg_copy / 'images' / '0.png', seg_copy / 'images' / f'{i}.png')
+    rewrite(seg_copy / 'labels' / '3.png', damage)
+    rewrite(seg_copy / 'labels' / '1.png', damage)
+    options = [f'train_dataloader.dataset.data_root={seg_copy}']
+    message = tool(
+        'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith('Error: ') and expected in message, message
+    assert 'check_dataset.py' in message
+
+
+def test_image_too_narrow_to_be_resized(coco_root, tool, tmp_path):
+    root = shutil.copytree(coco_root, tmp_path / 'data')
+    Image.new('RGB', (2000, 3)).save(root / '2.png')
+    options = [f'train_dataloader.dataset.data_root={root}']
+    options += ['train_dataloader.dataset.pipeline.2.keep_ratio=True']
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith(f'Error: {root / "2.png"} ') and 'resize' in message
+
+
+@pytest.mark.parametrize(
+    ('damage', 'expected'),
+    [
+        (lambda root: (root / '.hidden').mkdir(), 'cls/.hidden. Take it away: it'),
+        (lambda root: (root / 'third').mkdir(), 'holds 3 folders: expected one per'),
+        (
+            lambda root: [f.rename(f.with_suffix('.heic')) for f in root.glob('*/*')],
+            'cls: no file name ends in one of .bmp, .jpeg',
+        ),
+    ],
+)
+def test_class_folders(damage, expected, cls_root, tool, tmp_path):
+    root = shutil.copytree(cls_root, tmp_path / 'cls')
+    damage(root)
+    options = [f'train_dataloader.dataset.data_prefix={root}']
+    message = tool(
+        'train', 'classifier', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert message.startswith('Error: ') and expected in message, message
+
+
+def test_filter_that_leaves_nothing(tool, tmp_path):
+    options = ['train_dataloader.dataset.filter_cfg.min_size=99']
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert 'CocoDataset holds no sample' in message and "'min_size': 99" in message
+
+
+def test_error_of_ones_own_transform_keeps_its_traceback(tool, tmp_path, monkeypatch):
+    from mmcv.transforms import LoadImageFromFile
+
+    def transform(self, results):
+        raise ValueError('of ones own')
+
+    monkeypatch.setattr(LoadImageFromFile, 'transform', transform)
+    with pytest.raises(ValueError, match='of ones own'):
+        tool('train', 'detector', '--work-dir', tmp_path / 'w')
+
+
+def test_wrong_suffix(tool, tmp_path):
+    options = ['train_dataloader.dataset.img_suffix=.jpg']
+    message = tool(
+        'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
+    )
+    assert 'images: no file name ends in .jpg; there are 0.png, 1.png' in message
+
+
+def odd_annotations(coco_root: Path, file: Path, change: Callable[[dict], None]) -> str:
+    """Write changed annotations; give the options that train and evaluate with them."""
+    content = json.loads((coco_root / 'ann.json').read_text())
+    change(content)
+    file.write_text(json.dumps(content), encoding='utf-8-sig')
+    keys = ('train_dataloader.dataset', 'val_dataloader.dataset', 'val_evaluator')
+    return ['--cfg-options', *(f'{key}.ann_file={file}' for key in keys)]
+
+
+def test_annotations_that_say_what_everybody_means(coco_root, tmp_path, tool):
+    """A byte order mark, no iscrowd, ids from 0: trained and evaluated."""
+
+    def change(content: dict) -> None:
+        for i, annotation in enumerate(content['annotations']):
+            annotation['id'] = i
+            del annotation['iscrowd']
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    assert tool('train', 'detector', '--work-dir', tmp_path / 'work', *options) == ''
+    log = next((tmp_path / 'work').glob('*/vis_data/scalars.json')).read_text()
+    assert 'coco/bbox_mAP' in log
+
+
+def test_nothing_to_train_on(coco_root, tmp_path, tool, capfd):
+    def crowds(labels: tuple[int, ...]) -> Callable[[dict], None]:
+        def change(content: dict) -> None:
+            for annotation in content['annotations']:
+                annotation['iscrowd'] = int(annotation['category_id'] in labels)
+
+        return change
+
+    arguments = ['train', 'detector', '--work-dir', tmp_path / 'work']
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', crowds((1, 2)))
+    message = tool(*arguments, *options)
+    assert message.startswith('Error: ') and str(tmp_path / 'ann.json') in message
+    assert 'none of its annotations can be trained on: 8 with iscrowd=1.' in message
+    assert not (tmp_path / 'work').exists()
+    capfd.readouterr()
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', crowds((2,)))
+    assert tool(*arguments, *options) == ''
+    assert 'ann.json: bar (1 of 2 classes); ' in ''.join(capfd.readouterr())
+
+
+def test_more_findings_than_one_are_counted(coco_root, tmp_path, tool):
+    def change(content: dict) -> None:
+        for annotation in content['annotations'][2:5]:
+            annotation['bbox'] = [str(number) for number in annotation['bbox']]
+
+    options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
+    message = tool('train', 'detector', '--work-dir', tmp_path / 'work', *options)
+    assert 'annotation 3' in message and 'expected 4 numbers' in message
+    assert message.endswith(' 2 more like this: tools/check_dataset.py lists them.')
 
 
 # ---------------------------------------------------------------------- errors of tests
@@ -927,9 +1223,12 @@ def test_checkpoint_of_another_model(checkpoint, tool, tmp_path):
         ('detector', ['--out-item', 'metrics'], 'needs --out'),
         ('detector', ['--out', 'a.txt', '--out-item', 'metrics'], 'metrics go to'),
         ('segmenter', ['--tta'], '--tta needs'),
+        ('segmenter', ['--amp'], '--amp needs a GPU'),
         ('classifier', ['--tta', '--show-dir', 'x'], 'cannot draw'),
     ],
 )
 def test_flag_error_of_tests(task, flags, expected, checkpoint, tool, tmp_path):
+    if torch.cuda.is_available() and flags == ['--amp']:
+        pytest.skip('this is about machines without a GPU')
     message = tool('test', task, checkpoint(task), '--work-dir', tmp_path, *flags)
     assert message.startswith('Error: ') and expected in message

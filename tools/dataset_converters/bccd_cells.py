@@ -59,14 +59,14 @@ def read_split(path: Path) -> tuple[list[dict], dict[int, list], dict[int, str]]
     if not path.is_file():
         raise FileNotFoundError(f'{path} is missing: expected {SOURCE}')
     try:
-        images, annotations, categories = coco.read(path)
+        content = coco.read(path)
     except coco.NotCoco as error:
         raise ValueError(f'{error}: expected {SOURCE}') from error
-    classes = {category['id']: category['name'] for category in categories}
+    classes = {category['id']: category['name'] for category in content.categories}
     boxes = defaultdict(list)
-    for annotation in annotations:
+    for annotation in content.annotations:
         boxes[annotation.get('image_id')].append(annotation)
-    used = {annotation.get('category_id') for annotation in annotations}
+    used = {annotation.get('category_id') for annotation in content.annotations}
     unknown = sorted(set(classes.values()) - set(CLASSES))
     unknown += [f'category_id {i}' for i in sorted(used - set(classes), key=str)]
     if unknown:
@@ -74,9 +74,9 @@ def read_split(path: Path) -> tuple[list[dict], dict[int, list], dict[int, str]]
             f'{path} has the unknown class(es) {", ".join(unknown)}: '
             f'expected {", ".join(CLASSES)}'
         )
-    if not annotations:
+    if not content.annotations:
         raise ValueError(f'{path} is empty: it has no box')
-    return images, boxes, classes
+    return content.images, boxes, classes
 
 
 def convert(src: Path, out: Path) -> None:
