@@ -31,7 +31,9 @@ def involution2d(
         \quad g(c) = \lfloor c G / C \rfloor
 
     Twice differentiable, deterministic, and usable under autocast, torch.compile,
-    torch.export, torch.func and forward-mode differentiation. Half precision is summed in float32.
+    torch.export, torch.func and forward-mode differentiation. Half precision is summed
+    in float32. A tap outside the image adds nothing, even where its kernel value is
+    infinite or NaN.
 
     Args:
         input (Tensor): ``[N, C, H, W]``, float64, float32, float16 or bfloat16;

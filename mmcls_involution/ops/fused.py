@@ -34,7 +34,10 @@ def fusing_pays(input: Tensor, backend: str | None = None) -> bool:
     fused = switch(FUSED_VARIABLE)
     if fused is not None:
         return fused
-    name = named_backend(backend) or default_backend(input.device.type, input.dtype)
+    device = input.device
+    name = named_backend(backend) or default_backend(
+        device.type, input.dtype, device.index or 0
+    )
     return BACKENDS[name].fused
 
 
