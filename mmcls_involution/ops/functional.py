@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import registration
 from .backends import named_backend
@@ -29,8 +30,10 @@ def involution2d(
         Y_{n,c,i,j} = \sum_{u,v} H_{n,g(c),u,v,i,j} X_{n,c,is+ud-p,js+vd-p},
         \quad g(c) = \lfloor c G / C \rfloor
 
-    Twice differentiable, deterministic, and usable under autocast, torch.compile
-    and torch.export. Half precision is summed in float32.
+    Twice differentiable, deterministic, and usable under autocast, torch.compile,
+    torch.export, torch.func and forward-mode differentiation. Half precision is summed
+    in float32. A tap outside the image adds nothing, even where its kernel value is
+    infinite or NaN.
 
     Args:
         input (Tensor): ``[N, C, H, W]``, float64, float32, float16 or bfloat16;
@@ -68,6 +71,12 @@ def involution2d(
         >>> involution2d(input, weight, stride=2, padding=1).shape
         torch.Size([2, 32, 5, 4])
     """
+    tensors = input, weight
+    if has_torch_function(tensors):  # torch.fx's proxies, subclasses of Tensor
+        options = dict(
+            stride=stride, padding=padding, dilation=dilation, backend=backend
+        )
+        return handle_torch_function(involution2d, tensors, *tensors, **options)
     check_types(input=input, weight=weight)
     return registration.involution2d(
         input,

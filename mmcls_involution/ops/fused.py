@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from . import registration
 from .backends import BACKENDS, default_backend, named_backend
+from .backends.tiled import generate
 from .checks import check_types, pair, switch
+from .functional import involution2d
 
 FUSED_VARIABLE = 'MMCLS_INVOLUTION_FUSED'
 
@@ -30,7 +34,10 @@ def fusing_pays(input: Tensor, backend: str | None = None) -> bool:
     fused = switch(FUSED_VARIABLE)
     if fused is not None:
         return fused
-    name = named_backend(backend) or default_backend(input.device.type, input.dtype)
+    device = input.device
+    name = named_backend(backend) or default_backend(
+        device.type, input.dtype, device.index or 0
+    )
     return BACKENDS[name].fused
 
 
@@ -90,6 +97,16 @@ def fused_involution2d(
         >>> fused_involution2d(input, reduced, weight, kernel_size=7, padding=3).shape
         torch.Size([2, 32, 9, 7])
     """
+    tensors = input, reduced, weight, bias
+    if has_torch_function(tensors):  # torch.fx's proxies, subclasses of Tensor
+        options = dict(
+            kernel_size=kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            backend=backend,
+        )
+        return handle_torch_function(fused_involution2d, tensors, *tensors, **options)
     check_types(input=input, reduced=reduced, weight=weight)
     if bias is not None:
         check_types(bias=bias)
@@ -104,3 +121,34 @@ def fused_involution2d(
         pair('dilation', dilation, 1),
         named_backend(backend),
     )
+
+
+def spanned_involution2d(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    kernel_size: int,
+    fused: bool | None,
+    **options,
+) -> Tensor:
+    """The fused operator, or the two steps that it stands for.
+
+    Args:
+        input, reduced, weight, bias, kernel_size: See :func:`fused_involution2d`.
+        fused (bool | None): Which of the two; None for the one that pays.
+        **options: Further arguments of :func:`involution2d`.
+    """
+    if fusing_pays(input, options['backend']) if fused is None else fused:
+        return fused_involution2d(
+            input, reduced, weight, bias, kernel_size=kernel_size, **options
+        )
+    if input.device.type == 'cpu':  # whose kernels read what a convolution makes
+        kernels = F.conv2d(reduced, weight, bias)
+    else:
+        # Contiguous, whatever the memory format of the reduced map: what Triton's
+        # kernels read, which would copy a convolution's output in each pass.
+        kernels = generate(reduced, weight, bias).unflatten(2, reduced.shape[2:])
+    kernels = kernels.unflatten(1, (-1, kernel_size, kernel_size))
+    return involution2d(input, kernels, **options)

@@ -6,12 +6,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
+import torch.fx
 from torch import Tensor, nn
 
 from .backends import named_backend
 from .checks import check_input
 from .functional import involution2d
-from .fused import fused_involution2d, fusing_pays
+from .fused import spanned_involution2d
 from .registration import grad_of_weight
 
 # Kernel-generation function -> its convolutions.
@@ -213,30 +214,30 @@ class Involution2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x`` with kernels generated from it. See the class for shapes."""
-        padding = self.dilation * (self.kernel_size - 1) // 2
-        if 'query' in GENERATORS[self.generator]:
-            weight = self._relate(x, padding)
-            x = self.value(x)
-        else:
-            reduced = self.conv1(self.avgpool(x))
-            fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
-            if fused and self._span_is_plain():
-                span = self.conv2.conv
-                return fused_involution2d(
-                    x,
-                    reduced,
-                    span.weight,
-                    span.bias,
-                    kernel_size=self.kernel_size,
-                    stride=self.stride,
-                    padding=padding,
-                    dilation=self.dilation,
-                    backend=self.backend,
-                )
-            weight = self._unflatten(self.conv2(reduced))
-        return involution2d(
-            x, weight, self.stride, padding, self.dilation, backend=self.backend
+        if isinstance(x, torch.fx.Proxy) and x.tracer.root is not self:
+            # A layer of one node. MMEngine's efficient_conv_bn_eval, for one, asks of
+            # which module the input of a norm layer comes.
+            path = x.tracer.path_of_module(self)
+            return x.tracer.create_proxy('call_module', path, (x,), {})
+        options = dict(
+            stride=self.stride,
+            padding=self.dilation * (self.kernel_size - 1) // 2,
+            dilation=self.dilation,
+            backend=self.backend,
         )
+        if 'query' in GENERATORS[self.generator]:
+            weight = self._relate(x, options)
+            return involution2d(self.value(x), weight, **options)
+        reduced = self.conv1(self.avgpool(x))
+        if self._span_is_plain():
+            span = self.conv2.conv
+            return spanned_involution2d(
+                *(x, reduced, span.weight, span.bias),
+                kernel_size=self.kernel_size,
+                fused=self.fused,
+                **options,
+            )
+        return involution2d(x, self._unflatten(self.conv2(reduced)), **options)
 
     def _span_is_plain(self) -> bool:
         """Whether nobody has replaced or hooked what spans the kernels."""
@@ -253,38 +254,16 @@ class Involution2d(nn.Module):
         groups = self.channels // self.group_channels
         return kernels.unflatten(1, (groups, self.kernel_size, self.kernel_size))
 
-    def _relate(self, x: Tensor, padding: int) -> Tensor:
+    def _relate(self, x: Tensor, options: dict) -> Tensor:
         """Kernels from queries, keys and positions."""
         check_input(x)
         query = self.query(self.avgpool(x)) * self.group_channels**-0.5
         positions = self._unflatten(self.position(query))
-        # Involution is linear in its kernels: the gradient of <query, involution of
-        # key> with respect to them is each query's product with each key of its window.
-        logits = positions + grad_of_weight(
-            query,
-            self.key(x),
-            positions.shape,
-            *((v, v) for v in (self.stride, padding, self.dilation)),
-            named_backend(self.backend),
-        )
+        logits = _add_products(positions, query, self.key(x), **options)
         if self.generator == 'dot_product':
             return logits
-        rows, columns = (
-            self._inside(size, out, padding, x.device)
-            for size, out in zip(x.shape[2:], logits.shape[4:], strict=True)
-        )
-        inside = rows[:, None, :, None] & columns[:, None]
-        # The middle tap is always inside.
-        logits = logits.masked_fill(~inside, -torch.inf)
+        logits = _mask_outside(logits, x, **options)
         return self._unflatten(logits.flatten(2, 3).softmax(2).flatten(1, 2))
-
-    def _inside(
-        self, size: int, out: int, padding: int, device: torch.device
-    ) -> Tensor:
-        """Whether a tap lies in the image, along one of its sides: [K, out]."""
-        taps = torch.arange(self.kernel_size, device=device) * self.dilation - padding
-        pixels = torch.arange(out, device=device) * self.stride + taps[:, None]
-        return (pixels >= 0) & (pixels < size)
 
     def extra_repr(self) -> str:
         """The arguments, as they are written in Python."""
@@ -294,3 +273,55 @@ class Involution2d(nn.Module):
             f'reduction_ratio={self.reduction_ratio}, generator={self.generator!r}, '
             f'init={self.init!r}'
         )
+
+
+def _add_products(
+    positions: Tensor,
+    query: Tensor,
+    key: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    backend: str | None,
+) -> Tensor:
+    """Each query's product with each key of its window, added to `positions`."""
+    # Involution is linear in its kernels: the gradient of <query, involution of key>
+    # with respect to them is just that.
+    pairs = ((v, v) for v in (stride, padding, dilation))
+    return positions + grad_of_weight(
+        query, key, positions.shape, *pairs, named_backend(backend)
+    )
+
+
+def _mask_outside(
+    logits: Tensor, x: Tensor, stride: int, padding: int, dilation: int, **_
+) -> Tensor:
+    """`logits` [N, G, K, K, Ho, Wo], minus infinity for taps outside the image `x`."""
+    kernel_size = logits.shape[2]
+    rows, columns = (
+        _inside(size, out, kernel_size, stride, padding, dilation, x.device)
+        for size, out in zip(x.shape[2:], logits.shape[4:], strict=True)
+    )
+    inside = rows[:, None, :, None] & columns[:, None]
+    # The middle tap is always inside.
+    return logits.masked_fill(~inside, -torch.inf)
+
+
+def _inside(
+    size: int,
+    out: int,
+    kernel_size: int,
+    stride: int,
+    padding: int,
+    dilation: int,
+    device: torch.device,
+) -> Tensor:
+    """Whether a tap lies in the image, along one of its sides: [K, out]."""
+    taps = torch.arange(kernel_size, device=device) * dilation - padding
+    pixels = torch.arange(out, device=device) * stride + taps[:, None]
+    return (pixels >= 0) & (pixels < size)
+
+
+# What asks tensors for more than torch.fx's proxies know is one node of its graphs.
+for _name in ('check_input', 'spanned_involution2d', '_add_products', '_mask_outside'):
+    torch.fx.wrap(_name)

@@ -19,12 +19,13 @@ from .backends import choose, choose_fused, tiled
 from .backends.contract import Problem
 from .checks import DTYPES, check_fused, check_involution
 from .geometry import memory_format
+from .transforms import active, refuse_forward_mode, transformable
 
 # The operators. Their fake kernels run the real ones' checks and allocations.
 
 
 @torch.library.custom_op('mmcls_involution::involution2d', mutates_args=())
-def involution2d(
+def _involution2d(
     input: Tensor,
     weight: Tensor,
     stride: Sequence[int],
@@ -32,6 +33,7 @@ def involution2d(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
+    refuse_forward_mode('involution2d')
     check_involution(input, weight, stride, padding, dilation)
     arguments = (stride, padding, dilation)
     problem = Problem.of('forward', input, input.shape, weight.shape, *arguments)
@@ -40,7 +42,7 @@ def involution2d(
 
 
 @torch.library.custom_op('mmcls_involution::involution2d_grad_input', mutates_args=())
-def grad_of_input(
+def _grad_of_input(
     grad: Tensor,
     weight: Tensor,
     input_size: Sequence[int],
@@ -49,6 +51,7 @@ def grad_of_input(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
+    refuse_forward_mode('involution2d_grad_input')
     arguments = (stride, padding, dilation)
     shape = (*grad.shape[:2], *input_size)
     problem = Problem.of('grad_input', grad, shape, weight.shape, *arguments)
@@ -57,7 +60,7 @@ def grad_of_input(
 
 
 @torch.library.custom_op('mmcls_involution::involution2d_grad_weight', mutates_args=())
-def grad_of_weight(
+def _grad_of_weight(
     grad: Tensor,
     input: Tensor,
     weight_shape: Sequence[int],
@@ -66,26 +69,27 @@ def grad_of_weight(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
+    refuse_forward_mode('involution2d_grad_weight')
     arguments = (stride, padding, dilation)
     problem = Problem.of('grad_weight', input, input.shape, weight_shape, *arguments)
     out = choose(backend, problem).grad_weight(grad, input, weight_shape, *arguments)
     return out.contiguous()
 
 
-@involution2d.register_fake
+@_involution2d.register_fake
 def _(input, weight, stride, padding, dilation, backend):
     check_involution(input, weight, stride, padding, dilation)
     out = input.new_empty((*input.shape[:2], *weight.shape[4:]))
     return out.contiguous(memory_format=memory_format(input))
 
 
-@grad_of_input.register_fake
+@_grad_of_input.register_fake
 def _(grad, weight, input_size, stride, padding, dilation, backend):
     out = grad.new_empty((*grad.shape[:2], *input_size))
     return out.contiguous(memory_format=memory_format(grad))
 
 
-@grad_of_weight.register_fake
+@_grad_of_weight.register_fake
 def _(grad, input, weight_shape, stride, padding, dilation, backend):
     return grad.new_empty(weight_shape)
 
@@ -138,9 +142,23 @@ def _grad_weight_backward(ctx, grad):
     return grad_out_grad, grad_input, None, None, None, None, None
 
 
-involution2d.register_autograd(_involution2d_backward, setup_context=_save_two)
-grad_of_input.register_autograd(_grad_input_backward, setup_context=_save_two)
-grad_of_weight.register_autograd(_grad_weight_backward, setup_context=_save_two)
+_involution2d.register_autograd(_involution2d_backward, setup_context=_save_two)
+_grad_of_input.register_autograd(_grad_input_backward, setup_context=_save_two)
+_grad_of_weight.register_autograd(_grad_weight_backward, setup_context=_save_two)
+
+# What Python calls.
+_transformed = transformable(_involution2d, _save_two, _involution2d_backward)
+grad_of_input = transformable(_grad_of_input, _save_two, _grad_input_backward)
+grad_of_weight = transformable(_grad_of_weight, _save_two, _grad_weight_backward)
+
+
+def involution2d(input: Tensor, weight: Tensor, *arguments) -> Tensor:
+    if not active():
+        return _involution2d(input, weight, *arguments)
+    input, weight = _autocast(input, weight)
+    # The operator's own check would see the batches that vmap makes one of.
+    check_involution(input, weight, *arguments[:3])
+    return _transformed(input, weight, *arguments)
 
 
 # Autocast. torch.library.register_autocast casts to one dtype fixed in advance; users
@@ -148,27 +166,40 @@ grad_of_weight.register_autograd(_grad_weight_backward, setup_context=_save_two)
 # because an exported program holds operators alone and runs under autocast too.
 
 _library = torch.library.Library('mmcls_involution', 'FRAGMENT')
+AUTOCAST_DEVICES = ('cpu', 'cuda')
+
+
+def _cast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype)
+        if t is not None and t.dtype in DTYPES and t.dtype != torch.float64
+        else t
+        for t in tensors
+    ]
 
 
 def _register_autocast(name: str, operator: Callable, tensors: int) -> None:
     """Cast the first `tensors` arguments of an operator, None among them."""
-    for device in ('cpu', 'cuda'):
+    for device in AUTOCAST_DEVICES:
 
         def cast_and_call(*arguments, device=device):
-            dtype = torch.get_autocast_dtype(device)
-            cast = (
-                t.to(dtype)
-                if t is not None and t.dtype in DTYPES and t.dtype != torch.float64
-                else t
-                for t in arguments[:tensors]
-            )
+            cast = _cast(device, arguments[:tensors])
             with torch.autocast(device, enabled=False):
                 return operator(*cast, *arguments[tensors:])
 
         _library.impl(name, cast_and_call, f'Autocast{device.upper()}')
 
 
-_register_autocast('involution2d', involution2d, tensors=2)
+def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The same for a transform, which has to see the cast."""
+    device = tensors[0].device.type
+    if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        return _cast(device, tensors)
+    return tensors
+
+
+_register_autocast('involution2d', _involution2d, tensors=2)
 
 
 @register_flop_formula(
@@ -191,7 +222,7 @@ def _flops(first_shape, second_shape, *arguments, out_shape, **kwargs) -> int:
 
 
 @torch.library.custom_op('mmcls_involution::fused_involution2d', mutates_args=())
-def fused_involution2d(
+def _fused_involution2d(
     input: Tensor,
     reduced: Tensor,
     weight: Tensor,
@@ -202,6 +233,7 @@ def fused_involution2d(
     dilation: Sequence[int],
     backend: str,
 ) -> Tensor:
+    refuse_forward_mode('fused_involution2d')
     arguments = (stride, padding, dilation)
     shape = check_fused(input, reduced, weight, bias, kernel_size, *arguments)
     problem = Problem.of(
@@ -216,7 +248,7 @@ def fused_involution2d(
     return out.contiguous(memory_format=memory_format(input))
 
 
-@fused_involution2d.register_fake
+@_fused_involution2d.register_fake
 def _(input, reduced, weight, bias, kernel_size, stride, padding, dilation, backend):
     check_fused(input, reduced, weight, bias, kernel_size, stride, padding, dilation)
     out = input.new_empty((*input.shape[:2], *reduced.shape[2:]))
@@ -240,6 +272,7 @@ def fused_backward(
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the four tensors; empty ones for those that are not `needed`."""
+    refuse_forward_mode('fused_involution2d_backward')
     tensors = (grad, input, reduced, weight, bias)
     arguments = (stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
@@ -284,10 +317,12 @@ def _save_four(ctx, inputs, output):
 def _fused_backward(ctx, grad):
     tensors = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():  # gradients that shall be differentiated in turn
+    again = torch.is_grad_enabled()  # gradients that shall be differentiated in turn
+    if again or active():
         wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-        out = _two_steps(*tensors, *ctx.arguments)
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+        with torch.enable_grad():
+            out = _two_steps(*tensors, *ctx.arguments)
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
         grads = (next(found) if need else None for need in needed)
     else:
         grads = fused_backward(grad, *tensors, *ctx.arguments, needed)
@@ -304,10 +339,26 @@ def _two_steps(
         return involution2d(input, kernels, stride, padding, dilation, backend)
 
 
-fused_involution2d.register_autograd(_fused_backward, setup_context=_save_four)
-_register_autocast('fused_involution2d', fused_involution2d, tensors=4)
+_fused_involution2d.register_autograd(_fused_backward, setup_context=_save_four)
+_register_autocast('fused_involution2d', _fused_involution2d, tensors=4)
 # A backward pass under autocast stays in the dtype of the forward pass.
 _register_autocast('fused_involution2d_backward', fused_backward, tensors=0)
+
+
+def fused_involution2d(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *arguments,
+) -> Tensor:
+    """What Python calls; transforms get the two steps."""
+    tensors = (input, reduced, weight, bias)
+    if not active():
+        return _fused_involution2d(*tensors, *arguments)
+    tensors = _autocast(*tensors)
+    check_fused(*tensors, *arguments[:4])
+    return _two_steps(*tensors, *arguments)
 
 
 def _flops_of_steps(input_shape, reduced_shape, weight_shape, kernel_size):

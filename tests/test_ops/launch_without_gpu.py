@@ -9,6 +9,7 @@ compiled kernels and counts their launches. Prints what it found as JSON.
 import json
 import os
 import sys
+import threading
 from pathlib import Path
 
 os.environ['TRITON_CACHE_DIR'] = sys.argv[1]
@@ -85,33 +86,79 @@ def run(height, width):
 
 
 def time(call, **arguments):
+    if exhausted:
+        raise torch.OutOfMemoryError
     timed.append(1)
     call()
-    return [1.0, 1.0, 1.0]
+    return [1 / len(timed)] * 3  # the last candidate is the fastest
+
+
+def kept():
+    return len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
+
+
+def launched(size=(16, 16)):
+    launches.clear()
+    run(*size)
+    return launches.copy()
+
+
+def forget():
+    """What a new process would not know."""
+    for tuner in TUNERS:
+        tuner.cache.clear()
 
 
 triton.runtime.driver.set_active(Driver())
 triton.testing.do_bench = time
-capturing = True
+capturing, exhausted = True, False
 torch.cuda.is_current_stream_capturing = lambda: capturing
 found = {}
 
-run(16, 16)
-found['captured'] = launches.copy()
-found['kept of a capture'] = len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
+found['captured'] = launched()
+found['kept of a capture'] = kept()
 
 triton.knobs.runtime.jit_post_compile_hook = lambda **_: compiled.append(1)
 for size in [(1, 1), (16, 17), (31, 64), (128, 96)]:
     run(*size)
 found['compiled for new sizes'] = len(compiled)
 
-capturing = False
-launches.clear()
-run(16, 16)
+capturing, exhausted = False, True
+found['without memory'] = launched()
+found['kept without memory'] = kept()
+
+exhausted = False
+errors = []
+
+
+def run_and_keep_errors():
+    try:
+        run(16, 16)
+    except Exception as error:
+        errors.append(repr(error))
+
+
+threads = [threading.Thread(target=run_and_keep_errors) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+found['errors of threads'] = errors
 found['timed'] = len(timed)
 found['candidates'] = sum(len(tuner.configs) for tuner in TUNERS)
-found['kept'] = len(list(Path(sys.argv[1]).glob('*/*.autotune.json')))
+found['kept'] = kept()
 timed.clear()
-run(16, 16)
+found['tuned'] = launched()
+forget()
+capturing = True
+found['captured when tuned'] = launched()
+capturing = False
+torch.use_deterministic_algorithms(True)
+found['deterministic'] = launched()
+torch.use_deterministic_algorithms(False)
 found['timed again'] = len(timed)
+forget()
+ops._kind = lambda device: 1
+run(16, 16)
+found['timed on another GPU'] = len(timed)
 print(json.dumps(found))

@@ -16,7 +16,7 @@ BACKWARD = FUSED._replace(operation='fused_backward')
 @pytest.fixture
 def gpu(monkeypatch):
     """Triton kernels that would run, if there were a tensor for them."""
-    monkeypatch.setattr(triton_kernels, '_gpu_problem', lambda: None)
+    monkeypatch.setattr(triton_kernels, '_gpu_problem', lambda index: None)
 
 
 def kernels(side, size=(8, 8)):

@@ -8,7 +8,8 @@ from op_cases import backend_name
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import Involution2d, modules
+from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import fused as fused_form
 
 GENERATORS = ['bottleneck', 'linear', 'dot_product', 'attention']
 every_generator = pytest.mark.parametrize('generator', GENERATORS)
@@ -129,8 +130,8 @@ def test_fused_equals_two_steps(generator, stride, monkeypatch):
         calls.append(arguments)
         return fused(*arguments, **options)
 
-    fused = modules.fused_involution2d
-    monkeypatch.setattr(modules, 'fused_involution2d', spy)
+    fused = fused_form.fused_involution2d
+    monkeypatch.setattr(fused_form, 'fused_involution2d', spy)
     module = Involution2d(16, stride=stride, generator=generator).double()
     x = torch.randn(2, 16, 9, 7, dtype=torch.double, requires_grad=True)
     tensors, results = [x, *module.parameters()], []

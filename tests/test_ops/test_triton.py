@@ -15,6 +15,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -324,17 +325,41 @@ def test_one_output_pixel_of_a_channels_last_image():
         assert_close(name, arguments)
 
 
+@pytest.fixture
+def gpus(monkeypatch):
+    """Sets up a torch that has these GPUs, which try-outs find well unless told."""
+
+    def pretend(capabilities, cuda='13.0', capturing=False, found=None):
+        monkeypatch.setattr(torch.version, 'cuda', cuda)
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+        monkeypatch.setattr(
+            torch.cuda, 'get_device_capability', capabilities.__getitem__
+        )
+        monkeypatch.setattr(
+            torch.cuda, 'is_current_stream_capturing', lambda: capturing
+        )
+        monkeypatch.setattr(triton, '_try_out', lambda device: found)
+
+    caches = triton._gpu_problem, triton._warn
+    for cache in caches:
+        cache.cache_clear()
+    yield pretend
+    for cache in caches:
+        cache.cache_clear()
+
+
 @pytest.mark.parametrize(
-    'cuda, version, capabilities, message',
+    'cuda, version, capability, found, message',
     [
-        (None, '3.9.0', [], 'made for NVIDIA GPUs'),
-        ('13.0', '3.3.1', [(9, 0)], r'triton 3\.3\.1 is too old, needed is 3\.4'),
-        ('13.0', '3.9.0', [(9, 0), (7, 5)], r'compute capability 7\.5, needed is 8\.0'),
-        ('13.0', None, [(9, 0)], 'triton does not import.*ImportError: broken'),
+        (None, '3.9.0', (9, 0), None, 'made for NVIDIA GPUs'),
+        ('13.0', '3.3.1', (9, 0), None, r'triton 3\.3\.1 is too old, needed is 3\.4'),
+        ('13.0', '3.9.0', (7, 5), None, r'GPU 0 is too old.*7\.5, needed is 8\.0'),
+        ('13.0', None, (9, 0), None, 'triton does not import.*ImportError: broken'),
+        ('13.0', '3.9.0', (9, 0), 'no compiler', 'no compiler'),
     ],
 )
 def test_falls_back_to_plain_pytorch_and_says_so_once(
-    monkeypatch, caplog, cuda, version, capabilities, message
+    monkeypatch, caplog, gpus, cuda, version, capability, found, message
 ):
     def import_triton(name):
         if version is None:
@@ -342,19 +367,49 @@ def test_falls_back_to_plain_pytorch_and_says_so_once(
         return type('triton', (), {'__version__': version})
 
     monkeypatch.setattr(triton.importlib, 'import_module', import_triton)
-    monkeypatch.setattr(torch.version, 'cuda', cuda)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: len(capabilities))
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', capabilities.__getitem__)
-    triton._gpu_problem.cache_clear()
-    try:
-        for _ in range(2):
-            assert default_backend('cuda', torch.float32) == 'tap_sum'
-            assert triton.supports(Problem.typical('cuda', torch.float32))
-        assert len(caplog.records) == 1
-        assert re.search(message, caplog.text)
-    finally:
-        triton._gpu_problem.cache_clear()
+    gpus([capability], cuda, found=found)
+    for _ in range(2):
+        assert default_backend('cuda', torch.float32) == 'tap_sum'
+        assert triton.supports(Problem.typical('cuda', torch.float32))
+    assert len(caplog.records) == 1
+    assert re.search(message, caplog.text)
+
+
+def test_an_old_gpu_beside_a_new_one_falls_back_alone(gpus):
+    gpus([(7, 5), (9, 0)])
+    assert default_backend('cuda', torch.float32, 0) == 'tap_sum'
+    assert default_backend('cuda', torch.float32, 1) == 'triton'
+
+
+def test_a_gpu_is_not_tried_out_during_a_capture(gpus, caplog):
+    gpus([(9, 0)], capturing=True, found='must not be asked')
+    for _ in range(2):
+        assert default_backend('cuda', torch.float32) == 'tap_sum'
+    assert len(caplog.records) == 1
+    assert 'run one step before the capture' in caplog.text
+    gpus([(9, 0)])
+    assert default_backend('cuda', torch.float32) == 'triton'
+
+
+def test_try_out_compiles_and_compares(monkeypatch):
+    def try_out():
+        with ThreadPoolExecutor(1) as thread:  # which it pins to the first blocks
+            return thread.submit(triton._try_out, torch.device(DEVICE)).result()
+
+    def fail(*_):
+        raise PermissionError('no folder for the cache')
+
+    def exhaust(*_):
+        raise torch.OutOfMemoryError
+
+    assert try_out() is None
+    monkeypatch.setattr(triton, 'forward', lambda x, *_: x + 1)
+    assert try_out() == f'a small kernel gives a wrong result on {DEVICE}'
+    monkeypatch.setattr(triton, 'forward', fail)
+    assert 'PermissionError: no folder for the cache' in try_out()
+    monkeypatch.setattr(triton, 'forward', exhaust)
+    with pytest.raises(triton._NotNow, match='no memory'):
+        try_out()
 
 
 def test_cpu_tensors_are_refused():
@@ -400,9 +455,10 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
 
 @pytest.mark.parametrize('most', [2, pytest.param(99, marks=pytest.mark.long)])
 def test_launches_as_a_gpu_would_see_them(most, tmp_path):
-    """Grids; nothing compiled for new sizes, timed twice, or kept of a capture.
+    """Grids; nothing compiled for new sizes, timed twice, or kept if it was not timed.
 
-    With two candidates for the tuner of each kernel, and with all.
+    Threads that tune at once; choices that a capture finds on disk. With two candidates
+    for the tuner of each kernel, and with all.
     """
     script = Path(__file__).with_name('launch_without_gpu.py')
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
@@ -421,12 +477,18 @@ def test_launches_as_a_gpu_would_see_them(most, tmp_path):
     fused = [
         [name, 8 * two, 1, 1] for name, two in zip(FUSED_NAMES, (2, 2), strict=False)
     ]
-    assert found['captured'] == [*three, *fused, ['fused_grad_generator', 2, 1, 1]]
+    first = [*three, *fused, ['fused_grad_generator', 2, 1, 1]]
+    for untuned in ('captured', 'without memory', 'deterministic'):
+        assert found[untuned] == first
+    assert found['tuned'] == found['captured when tuned'] != first
+    assert found['kept without memory'] == 0
+    assert found['errors of threads'] == []
     assert found['kept of a capture'] == 0
     assert found['compiled for new sizes'] == 0
     assert found['timed'] == found['candidates']
     assert found['kept'] == 6
     assert found['timed again'] == 0
+    assert found['timed on another GPU'] == found['candidates']
     assert 'up to some minutes' in result.stderr
 
 

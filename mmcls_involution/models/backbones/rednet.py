@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
+import torch.fx
 import torch.utils.checkpoint as cp
 from mmcv.cnn import ConvModule, build_conv_layer, build_norm_layer
 from mmengine.logging import print_log
@@ -14,6 +15,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mmcls_involution.ops import transforms
 from mmcls_involution.ops.geometry import memory_format
 from mmcls_involution.weights.fit import Fit, Misfit, grow_kernels
 
@@ -51,6 +53,25 @@ def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modu
         use_reentrant=False,
         context_fn=lambda: (nullcontext(), _OnCopiesOfBuffers(module)),
     )
+
+
+# Both are nodes of torch.fx's graphs, whose proxies lie nowhere in memory. Of tensors
+# under torch.func's vmap it cannot be asked.
+
+
+@torch.fx.wrap
+def _own_layout(x: Tensor) -> torch.memory_format:
+    return torch.contiguous_format if transforms.active() else memory_format(x)
+
+
+@torch.fx.wrap
+def _in_fast_layout(x: Tensor) -> Tensor:
+    # A CPU is faster in channels_last memory, the way back included
+    # (docs/benchmarks.md). Necks and heads gain nothing from such features, users'
+    # views of them would fail, and a compiled mmcv's RoIAlign reads them wrongly.
+    if x.device.type != 'cpu' or transforms.active():
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 class Bottleneck(BaseModule):
@@ -445,12 +466,8 @@ class RedNet(BaseModule):
             the default strides, 1 / ``4 * 2**i`` of the image's size, rounded up. They
             lie in memory as the images do.
         """
-        # A CPU is faster in channels_last memory, the way back included
-        # (docs/benchmarks.md). Necks and heads gain nothing from such features, users'
-        # views of them would fail, and a compiled mmcv's RoIAlign reads them wrongly.
-        layout = memory_format(x)
-        if x.device.type == 'cpu':
-            x = x.contiguous(memory_format=torch.channels_last)
+        layout = _own_layout(x)
+        x = _in_fast_layout(x)
         if self.with_cp and torch.is_grad_enabled():
             x = _recomputed(self._stem, x, self.stem)
         else:

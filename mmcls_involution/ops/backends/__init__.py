@@ -73,9 +73,9 @@ def _find(name: str, problem: Problem) -> tuple[str | None, dict[str, str]]:
     return found, reasons
 
 
-def default_backend(device: str, dtype: torch.dtype) -> str:
-    """The backend of a typical problem."""
-    return _find('', Problem.typical(device, dtype))[0]
+def default_backend(device: str, dtype: torch.dtype, index: int = 0) -> str:
+    """The backend of a typical problem on the device of that type and number."""
+    return _find('', Problem.typical(device, dtype, index))[0]
 
 
 # torch.compile takes the result as it is. torch.compiler.assume_constant_result would

@@ -25,6 +25,7 @@ class Problem(NamedTuple):  # made in every call: a dataclass takes three times 
         stride, padding, dilation: As of the operators.
         reduced: Channels that a fused operation generates the kernels from; 0 for
             others.
+        index: Number of the device among those of its type.
     """
 
     operation: str
@@ -37,6 +38,7 @@ class Problem(NamedTuple):  # made in every call: a dataclass takes three times 
     padding: Pair
     dilation: Pair
     reduced: int = 0
+    index: int = 0
 
     @classmethod
     def of(
@@ -44,14 +46,16 @@ class Problem(NamedTuple):  # made in every call: a dataclass takes three times 
     ) -> Problem:
         """That of `pixels` [N, C, H, W]; `arguments` are the fields from shapes on."""
         last = memory_format(pixels) == torch.channels_last
-        place = pixels.device.type, pixels.dtype
-        return cls(operation, *place, last, *arguments, reduced)
+        device = pixels.device
+        place = device.type, pixels.dtype
+        return cls(operation, *place, last, *arguments, reduced, device.index or 0)
 
     @classmethod
-    def typical(cls, device: str, dtype: torch.dtype) -> Problem:
+    def typical(cls, device: str, dtype: torch.dtype, index: int = 0) -> Problem:
         """A small one, for who asks before there are tensors."""
         shapes = (1, 16, 8, 8), (1, 1, 3, 3, 8, 8)
-        return cls('forward', device, dtype, False, *shapes, (1, 1), (1, 1), (1, 1))
+        arguments = (1, 1), (1, 1), (1, 1)
+        return cls('forward', device, dtype, False, *shapes, *arguments, index=index)
 
 
 class Backend(Protocol):

@@ -78,8 +78,8 @@ def _tiles(
             yield Tile(slice(first, first + images), slice(row, end), window, left)
 
 
-def _generate(reduced: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Kernels [n, G*Kh*Kw, h*w] of a tile of the reduced map, contiguous."""
+def generate(reduced: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Kernels [N, G*Kh*Kw, H*W] from the reduced map [N, R, H, W], contiguous."""
     pixels = reduced.flatten(2)
     weight = weight.flatten(1).expand(len(pixels), -1, -1)
     if bias is None:
@@ -111,7 +111,7 @@ def forward(
     )
     for tile in _tiles(kernels_shape, input, stride, padding, dilation):
         part = reduced[tile.images, :, tile.rows]
-        generated = _generate(part, weight, bias)
+        generated = generate(part, weight, bias)
         shape = (len(part), *kernels_shape[1:4], *part.shape[2:])
         window, arguments = tile.cut(input), (stride, tile.padding, dilation)
         problem = Problem.of('forward', window, window.shape, shape, *arguments)
@@ -158,7 +158,7 @@ def backward(
         window, arguments = tile.cut(input), (stride, tile.padding, dilation)
         plan = (window.shape, shape, *arguments)
         if grad_input is not None:
-            generated = _generate(part, weight, bias).view(shape)
+            generated = generate(part, weight, bias).view(shape)
             problem = Problem.of('grad_input', grad_part, *plan)
             result = choose(backend, problem).grad_input(
                 grad_part, generated, window.shape[2:], *arguments

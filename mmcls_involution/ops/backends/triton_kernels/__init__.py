@@ -10,13 +10,17 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import threading
+import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...geometry import Pair, Shape, memory_format
+from .. import tap_sum
 from ..contract import Problem
 
 logger = logging.getLogger(__name__)
@@ -36,20 +40,36 @@ MOST_REDUCED = 32
 MOST_PROGRAMS, LEAST_SHARE = 512, 256
 
 
+class _NotNow(Exception):
+    """Why a GPU could not be tried out; it may be later."""
+
+
+_trying = threading.Lock()
+
+
 @cache
-def _gpu_problem() -> str | None:
-    """Why GPUs cannot run the kernels, and a warning, or None if they can."""
-    reason = _find_problem()
+def _gpu_problem(index: int) -> str | None:
+    """Why that GPU cannot run the kernels, and a warning, or None if it can.
+
+    Raises:
+        _NotNow: With a reason that holds for this call alone.
+    """
+    reason = _find_problem(index)
     if reason is not None:
-        logger.warning(
-            'The Triton kernels of involution are not in use (%s); GPUs run slower '
-            'ones, in plain PyTorch.',
-            reason,
-        )
+        _warn(reason)
     return reason
 
 
-def _find_problem() -> str | None:
+@cache
+def _warn(reason: str) -> None:
+    logger.warning(
+        'The Triton kernels of involution are not in use (%s); GPUs run slower '
+        'ones, in plain PyTorch.',
+        reason,
+    )
+
+
+def _find_problem(index: int) -> str | None:
     if torch.version.cuda is None:
         return 'they are made for NVIDIA GPUs, and this torch is not'
     if not torch.cuda.is_available():
@@ -60,11 +80,39 @@ def _find_problem() -> str | None:
         return f'triton does not import: {type(error).__name__}: {error}'
     if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON:
         return 'triton {} is too old, needed is {}.{}'.format(version, *LOWEST_TRITON)
-    devices = range(torch.cuda.device_count())
-    oldest = min(map(torch.cuda.get_device_capability, devices))
-    if oldest < LOWEST_CAPABILITY:
-        have, need = ('{}.{}'.format(*v) for v in (oldest, LOWEST_CAPABILITY))
-        return f'a GPU is too old, of compute capability {have}, needed is {need}'
+    capability = torch.cuda.get_device_capability(index)
+    if capability < LOWEST_CAPABILITY:
+        have, need = ('{}.{}'.format(*v) for v in (capability, LOWEST_CAPABILITY))
+        return f'GPU {index} is too old, of compute capability {have}, needed is {need}'
+    if torch.cuda.is_current_stream_capturing():
+        raise _NotNow(
+            f'GPU {index} has not been tried out, which cannot be done while a CUDA '
+            'graph is captured; run one step before the capture'
+        )
+    # In a thread of its own: modes of torch (fake tensors of a compiler, torch.func,
+    # autocast, inference) hold for the thread that asks.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try_out, torch.device('cuda', index)).result()
+
+
+def _try_out(device: torch.device) -> str | None:
+    """Why a small kernel does not compile, launch and give the right result there."""
+    values = torch.arange(2 * 25.0)
+    input = (values % 7 - 3).view(1, 2, 5, 5)
+    weight = (torch.arange(9 * 25.0) % 5 - 2).view(1, 1, 3, 3, 5, 5)
+    arguments = (1, 1), (1, 1), (1, 1)
+    expected = tap_sum.forward(input, weight, *arguments)  # small integers: exact
+    try:
+        from . import kernels
+
+        kernels.pin_this_thread()
+        ours = forward(input.to(device), weight.to(device), *arguments).cpu()
+    except torch.OutOfMemoryError as error:
+        raise _NotNow(f'no memory to try out {device}: {error}') from error
+    except Exception as error:  # of a compiler, a driver, a file system ...
+        return f'a small kernel fails on {device}: {type(error).__name__}: {error}'
+    if not torch.equal(ours, expected):
+        return f'a small kernel gives a wrong result on {device}'
     return None
 
 
@@ -75,7 +123,13 @@ def supports(problem: Problem) -> str | None:
     """
     if problem.device != 'cuda':
         return 'the Triton kernels run on NVIDIA GPUs alone'
-    return _gpu_problem() or _beyond_limits(problem)
+    try:
+        with _trying:
+            reason = _gpu_problem(problem.index)
+    except _NotNow as error:
+        reason = str(error)
+        _warn(reason)
+    return reason or _beyond_limits(problem)
 
 
 def _beyond_limits(problem: Problem) -> str | None:
@@ -172,11 +226,28 @@ def _run(
         getattr(module, name)[grid](
             *tensors,
             *(*counts, *size, *out_size, *padding),
-            # Timings hold for a range of sizes: tuned once for each power of four.
-            (batch * math.prod(lanes) * parts).bit_length() // 2,
+            _timing_class(batch * math.prod(lanes) * parts, tensors[0].device),
             **constants,
             enable_fp_fusion=True,
         )
+
+
+@cache
+def _kind(device: torch.device) -> int:
+    """A number of 26 bits for all GPUs alike, and for slices of one."""
+    if device.type != 'cuda':  # in the interpreter
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    kind = f'{properties.name} {properties.multi_processor_count}'
+    return zlib.crc32(kind.encode()) >> 6
+
+
+def _timing_class(lanes: int, device: torch.device) -> int:
+    """What timings hold for: a range of sizes, a power of four, on one kind of GPU.
+
+    A number, as it passes through the kernels' arguments to the tuner.
+    """
+    return _kind(device) << 5 | lanes.bit_length() // 2
 
 
 def span_blocks(kernel_size: Pair, reduced: int) -> dict[str, int]:

@@ -120,14 +120,15 @@ def fused_forward(
         rows = lanes & (y + t >= 0) & (y + t < height)
         for v in tl.static_range(KW):
             inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-            inside = inside if every else inside & in_group
-            tile = tl.load(pixels + (t * width + v * DW) * step, inside, 0)
+            loaded = inside if every else inside & in_group
+            tile = tl.load(pixels + (t * width + v * DW) * step, loaded, 0)
             tile = tile.to(tl.float32)
             new = ()
             for r in tl.static_range(ROWS):
                 total = sums[r]
                 if t >= r * SH and t - r * SH < KH * DH:
-                    total += kernels[(r << BITS) + (t - r * SH) // DH * KW + v] * tile
+                    kernel = kernels[(r << BITS) + (t - r * SH) // DH * KW + v]
+                    total += tl.where(inside, kernel, 0) * tile
                 new += (total,)
             sums = new
 
@@ -282,27 +283,28 @@ def fused_grad_input(
         rows = lanes & (i >= t) & (i - t < out_height)
         for k in range(taps_w):
             v = first_v + k * (SW // GCD_W)
-            inside = tl.where(v < KW, rows, False)
-            inside = inside & (j >= k * left) & (j - k * left < out_width)
-            offset = t * out_width + k * left
-            loaded = inside if every else inside & in_group
-            tile = tl.load(pixels - offset * step, loaded, 0).to(tl.float32)
-            source = tl.load(sources - offset * source_step, inside & real_z, 0)
-            source = source.to(tl.float32)
-            new = ()
-            for r in tl.static_range(ROWS):
-                total = sums[r]
-                above = t - (ROWS - 1 - r)
-                if above >= 0 and above < taps_h * up:
-                    u = first_u + above // up * (SH // GCD_H)
-                    real = tl.where(u < KH, v, KW) < KW
-                    tap = tl.where(real, u * KW + v, 0)
-                    span = tl.load(spans + tap * reduced_channels, real_z, 0)
-                    kernel = tl.sum(span.to(tl.float32) * source, 0, keep_dims=True)
-                    kernel += tl.load(bias + first + tap).to(tl.float32)
-                    total += tl.where(real, kernel, 0) * tile
-                new += (total,)
-            sums = new
+            if SW == 1 or v < KW:  # the same for all lanes
+                inside = rows & (j >= k * left) & (j - k * left < out_width)
+                offset = t * out_width + k * left
+                loaded = inside if every else inside & in_group
+                tile = tl.load(pixels - offset * step, loaded, 0).to(tl.float32)
+                source = tl.load(sources - offset * source_step, inside & real_z, 0)
+                source = source.to(tl.float32)
+                new = ()
+                for r in tl.static_range(ROWS):
+                    total = sums[r]
+                    above = t - (ROWS - 1 - r)
+                    if above >= 0 and above < taps_h * up:
+                        u = first_u + above // up * (SH // GCD_H)
+                        if SH == 1 or u < KH:
+                            tap = u * KW + v
+                            span = tl.load(spans + tap * reduced_channels, real_z, 0)
+                            span = span.to(tl.float32)
+                            kernel = tl.sum(span * source, 0, keep_dims=True)
+                            kernel += tl.load(bias + first + tap).to(tl.float32)
+                            total += tl.where(inside, kernel, 0) * tile
+                    new += (total,)
+                sums = new
 
     y = row * SH + phase_y
     x = column * SW + phase_x
