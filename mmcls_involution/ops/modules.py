@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import named_backend
 from .checks import check_input
@@ -70,8 +71,9 @@ class Involution2d(nn.Module):
             less memory, and in training one more generation of them. Defaults to None:
             what the environment variable ``MMCLS_INVOLUTION_FUSED`` says (1 or 0), else
             where it was measured to be faster. A convolution ``conv2.conv`` that has
-            been replaced or hooked is called as it is, never fused. Kernels that do
-            not end in a convolution are never fused either.
+            been replaced, parametrized, pruned or hooked, be it by a hook of all
+            modules (``FlopCounterMode`` has them), is called as it is, never fused.
+            Kernels that do not end in a convolution are never fused either.
         generator (str): Kernel-generation function, ``'bottleneck'``, ``'linear'``,
             ``'dot_product'`` or ``'attention'``, as above. Defaults to
             ``'bottleneck'``.
@@ -220,8 +222,8 @@ class Involution2d(nn.Module):
         else:
             reduced = self.conv1(self.avgpool(x))
             fused = fusing_pays(x, self.backend) if self.fused is None else self.fused
-            if fused and self._span_is_plain():
-                span = self.conv2.conv
+            span = self._plain_span() if fused else None
+            if span is not None:
                 return fused_involution2d(
                     x,
                     reduced,
@@ -238,15 +240,30 @@ class Involution2d(nn.Module):
             x, weight, self.stride, padding, self.dilation, backend=self.backend
         )
 
-    def _span_is_plain(self) -> bool:
-        """Whether nobody has replaced or hooked what spans the kernels."""
-        if type(self.conv2) is not nn.Sequential:
-            return False
-        span = self.conv2.conv
-        return type(span) is nn.Conv2d and not any(
-            module._forward_hooks or module._forward_pre_hooks
-            for module in (self.conv2, span)
-        )
+    def _plain_span(self) -> nn.Conv2d | None:
+        """What spans the kernels, where nothing has replaced it or watches its calls.
+
+        A parametrization is a class of its own; pruning and the older norms of weights
+        are hooks; what changes calls without either sets ``forward`` of an instance.
+        """
+        if type(self.conv2) is not nn.Sequential or len(self.conv2) != 1:
+            return None
+        span = self.conv2[0]
+        if type(span) is not nn.Conv2d or _has_any_global_hook():
+            return None
+        geometry = (span.kernel_size, span.stride, span.padding, span.groups)
+        if geometry != ((1, 1), (1, 1), (0, 0), 1):
+            return None
+        for module in (self.conv2, span):
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                or 'forward' in module.__dict__
+            ):
+                return None
+        return span
 
     def _unflatten(self, kernels: Tensor) -> Tensor:
         """[N, G*K*K, Ho, Wo] to [N, G, K, K, Ho, Wo]."""
