@@ -415,10 +415,11 @@ def test_tools_run_as_processes_of_this_python(tmp_path, capfd):
     with (tmp_path / 'lock').open('w') as lock:
         descriptor = lock.fileno()
         command = ['python', str(script), str(descriptor)]
-        tool.call('train', command, descriptor)
-        assert capfd.readouterr().out.splitlines()[:2] == ['one', sys.executable]
+        lines = []
+        tool.call('train', command, descriptor, lines.append)
+        assert lines[:2] == ['one\n', f'{sys.executable}\n']
         with pytest.raises(tool.StepError) as failure:
-            tool.call('train', [*command, 'fail'], descriptor, quiet=True)
+            tool.call('train', [*command, 'fail'], descriptor, lines.append)
     assert str(failure.value) == 'tools/train.py: no space left,\nthat is all'
     assert capfd.readouterr().out == ''
 
