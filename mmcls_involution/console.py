@@ -1,12 +1,21 @@
-"""Tables for the terminal."""
+"""Tables and progress for the terminal."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 # Where the output is no terminal rich would squeeze tables into 80 columns.
 console = Console(width=None if Console().is_terminal else 140)
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> Iterable:
+    """Iterate with a bar, where there is a terminal to show it."""
+    show = dict(console=console, transient=True, disable=not console.is_terminal)
+    return track(items, what, total, **show)
 
 
 def print_table(title: str, rows: list[dict[str, object]]) -> None:

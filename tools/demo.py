@@ -3,27 +3,27 @@
     python tools/demo.py
 
 Mask R-CNN with a RedNet-26 of a quarter of the channels learns to find, name
-and outline shapes. Runs on the CPU in about six minutes on two cores, through
-tools/train.py and tools/test.py. Interrupted or killed, it goes on where it was;
-finished, a second call only tests again.
+and outline shapes. Runs on the CPU in about six minutes on two cores, as
+tools/reproduce.py does it, and leaves the same page. Interrupted or killed, it goes on
+where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-import cv2
-import numpy as np
+from matplotlib import pyplot as plt
 from mmengine.config import Config
 
 from mmcls_involution import compat
-from mmcls_involution.runs.commands import StepError, run_command
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.runs import reproduce
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = Path('configs/demo/mask-rcnn_rednet26-slim_fpn_shapes.py')  # from ROOT
@@ -42,33 +42,6 @@ What to try next
     and compare with its ResNet-50 twin, configs/bccd/faster-rcnn_r50_fpn_bccd.py
   - your own data: the top of configs/_base_/datasets/bccd_detection.py says how
   - the tests: make test"""
-
-
-def run_tool(name: str, *args: object) -> None:
-    """Run a script of tools/ on the CPU and show its progress.
-
-    Args:
-        name (str): Path of the script below tools/.
-        *args: Its arguments.
-
-    Raises:
-        StepError: If it fails.
-    """
-    env = {
-        **os.environ,
-        'CUDA_VISIBLE_DEVICES': '',
-        # The model is so small that a second thread gains little, and where another
-        # program keeps a core busy the threads' waiting makes it many times slower.
-        'OMP_NUM_THREADS': '1',
-        'PYTHONWARNINGS': 'ignore',
-    }
-
-    def show(line: str) -> None:
-        if progress := summarize(line):
-            print(f'  {progress}', flush=True)
-
-    command = [sys.executable, str(ROOT / 'tools' / name), *map(str, args)]
-    run_command(f'tools/{name}', command, show, env=env)
 
 
 def summarize(line: str) -> str | None:
@@ -93,44 +66,24 @@ def summarize(line: str) -> str | None:
     return None
 
 
-def draw_contact_sheet(
-    pictures: list[Path], out: Path, scale: float = 0.75, columns: int = 3
-) -> None:
-    """Tile pictures of ground truth beside prediction, under a heading.
+def show(line: str) -> None:
+    """Print what is worth it of a line of MMEngine's log."""
+    if progress := summarize(line):
+        print(f'  {progress}', flush=True)
 
-    Args:
-        pictures (list[Path]): Pictures of one size.
-        out (Path): JPEG file to write.
-        scale (float): Of the pictures. Defaults to 0.75.
-        columns (int): Defaults to 3.
-    """
-    gap, heading = 8, 26
-    tiles = []
-    for path in pictures:
-        tile = cv2.imread(str(path))
-        tile = cv2.resize(tile, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-        tile[:, tile.shape[1] // 2 - 1 : tile.shape[1] // 2 + 1] = 255
-        tiles.append(cv2.copyMakeBorder(tile, gap, 0, gap, 0, 0, value=(255,) * 3))
-    rows = [
-        np.hstack(tiles[i : i + columns])
-        for i in range(0, len(tiles) - columns + 1, columns)
-    ]
-    sheet = np.vstack(rows)
-    sheet = cv2.copyMakeBorder(sheet, heading, gap, 0, gap, 0, value=(255,) * 3)
-    width = tiles[0].shape[1]
-    for column in range(columns):
-        for half, text in enumerate(('ground truth', 'prediction')):
-            cv2.putText(
-                sheet,
-                text,
-                (column * width + gap + half * (width - gap) // 2, heading - 4),
-                cv2.FONT_HERSHEY_SIMPLEX,
-                0.55,
-                (40, 40, 40),
-                1,
-                cv2.LINE_AA,
-            )
-    cv2.imwrite(str(out), sheet, [cv2.IMWRITE_JPEG_QUALITY, 88])
+
+def draw_contact_sheet(pictures: list[Path], out: Path, columns: int = 3) -> None:
+    """Tile pictures of ground truth beside prediction, under headings."""
+    rows = -(-len(pictures) // columns)
+    size = 3.2 * columns, 1.8 * rows
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout='constrained')
+    for axis in axes.flat:
+        axis.axis('off')
+    for axis, picture in zip(axes.flat, pictures, strict=False):
+        axis.imshow(plt.imread(picture))
+        axis.set_title('ground truth | prediction', fontsize=8)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
 
 
 def run_demo(work_dir: Path) -> bool:
@@ -143,43 +96,31 @@ def run_demo(work_dir: Path) -> bool:
         bool: Whether the scores are what the demo promises.
 
     Raises:
-        StepError: If a step fails.
+        UserError: If a step fails.
     """
     compat.apply()
-    cfg = Config.fromfile(CONFIG)
-    data = Path(cfg.data_root)
+    data = Path(Config.fromfile(CONFIG).data_root)
     if (data / 'annotations' / 'val.json').is_file():
-        print(f'[1/3] Data: {data} is there already', flush=True)
+        print(f'Data: {data} is there already', flush=True)
     else:
-        print('[1/3] Drawing the data set (some seconds)', flush=True)
-        run_tool('dataset_converters/shapes.py', '--out', data)
+        print('Drawing the data set (some seconds)', flush=True)
+        script = ROOT / 'tools' / 'dataset_converters' / 'shapes.py'
+        if subprocess.call([sys.executable, script, '--out', data]):
+            raise UserError(f'{script.relative_to(ROOT)} failed, see above')
 
-    checkpoint = work_dir / f'epoch_{cfg.train_cfg.max_epochs}.pth'
-    if checkpoint.is_file():
-        print(f'[2/3] Training: {checkpoint} is there already', flush=True)
-    else:
-        print('[2/3] Training on the CPU (about five minutes)', flush=True)
-        run_tool('train.py', CONFIG, '--work-dir', work_dir, '--resume')
+    print('Training and testing on the CPU (about five minutes)', flush=True)
+    parser = argparse.ArgumentParser()
+    reproduce.add_arguments(parser)
+    arguments = [str(CONFIG), '--work-dir', str(work_dir)]
+    (job,) = reproduce.prepare(parser.parse_args(arguments))
+    job.show = show
+    reproduce.reproduce(job)
+    if job.error:
+        raise UserError(job.error)
 
-    print('[3/3] Testing on the held-out images (half a minute)', flush=True)
-    pictures, metrics = work_dir / 'pictures', work_dir / 'scores.json'
-    run_tool(
-        'test.py',
-        CONFIG,
-        checkpoint,
-        '--work-dir',
-        work_dir / 'test',
-        '--show-dir',
-        pictures,
-        '--out',
-        metrics,
-        '--out-item',
-        'metrics',
-    )
-    sheet = work_dir / 'demo.jpg'
-    draw_contact_sheet(sorted(pictures.glob('*.jpg'))[:12], sheet)
-
-    scores = json.loads(metrics.read_text())
+    pictures, sheet = job.folder / 'examples', work_dir / 'demo.jpg'
+    draw_contact_sheet(sorted(pictures.glob('*.jpg')), sheet)
+    scores = job.record['test']['scores']
     kept = True
     print()
     for key, (name, least) in PROMISE.items():
@@ -187,7 +128,7 @@ def run_demo(work_dir: Path) -> bool:
         kept &= scores[key] > least
         print(f'{name:>9} {scores[key]:.3f}   (promised: above {least}; {verdict})')
     print(f'\nPictures, ground truth beside prediction: {pictures}')
-    print(f'Twelve of them on one sheet:              {sheet}')
+    print(f'On one sheet:                             {sheet}')
     print(f'\n{NEXT_STEPS.format(config=CONFIG)}')
     return kept
 
@@ -205,10 +146,17 @@ def main() -> None:
     )
     work_dir = parser.parse_args().work_dir.resolve()
     os.chdir(ROOT)  # CONFIG and its data root are relative to it
+    os.environ.update(
+        CUDA_VISIBLE_DEVICES='',
+        # The model is so small that a second thread gains little, and where another
+        # program keeps a core busy the threads' waiting makes it many times slower.
+        OMP_NUM_THREADS='1',
+        PYTHONWARNINGS='ignore',
+    )
     start = time.time()
     try:
         kept = run_demo(work_dir)
-    except StepError as error:
+    except UserError as error:
         sys.exit(f'error: {error}')
     except KeyboardInterrupt:
         sys.exit('\nInterrupted: the same command goes on from the last epoch')

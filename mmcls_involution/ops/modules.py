@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import named_backend
 from .checks import check_input
@@ -71,8 +72,9 @@ class Involution2d(nn.Module):
             less memory, and in training one more generation of them. Defaults to None:
             what the environment variable ``MMCLS_INVOLUTION_FUSED`` says (1 or 0), else
             where it was measured to be faster. A convolution ``conv2.conv`` that has
-            been replaced or hooked is called as it is, never fused. Kernels that do
-            not end in a convolution are never fused either.
+            been replaced, parametrized, pruned or hooked, be it by a hook of all
+            modules (``FlopCounterMode`` has them), is called as it is, never fused.
+            Kernels that do not end in a convolution are never fused either.
         generator (str): Kernel-generation function, ``'bottleneck'``, ``'linear'``,
             ``'dot_product'`` or ``'attention'``, as above. Defaults to
             ``'bottleneck'``.
@@ -229,8 +231,8 @@ class Involution2d(nn.Module):
             weight = self._relate(x, options)
             return involution2d(self.value(x), weight, **options)
         reduced = self.conv1(self.avgpool(x))
-        if self._span_is_plain():
-            span = self.conv2.conv
+        span = self._plain_span()
+        if span is not None:
             return spanned_involution2d(
                 *(x, reduced, span.weight, span.bias),
                 kernel_size=self.kernel_size,
@@ -239,15 +241,30 @@ class Involution2d(nn.Module):
             )
         return involution2d(x, self._unflatten(self.conv2(reduced)), **options)
 
-    def _span_is_plain(self) -> bool:
-        """Whether nobody has replaced or hooked what spans the kernels."""
-        if type(self.conv2) is not nn.Sequential:
-            return False
-        span = self.conv2.conv
-        return type(span) is nn.Conv2d and not any(
-            module._forward_hooks or module._forward_pre_hooks
-            for module in (self.conv2, span)
-        )
+    def _plain_span(self) -> nn.Conv2d | None:
+        """What spans the kernels, where nothing has replaced it or watches its calls.
+
+        A parametrization is a class of its own; pruning and the older norms of weights
+        are hooks; what changes calls without either sets ``forward`` of an instance.
+        """
+        if type(self.conv2) is not nn.Sequential or len(self.conv2) != 1:
+            return None
+        span = self.conv2[0]
+        if type(span) is not nn.Conv2d or _has_any_global_hook():
+            return None
+        geometry = (span.kernel_size, span.stride, span.padding, span.groups)
+        if geometry != ((1, 1), (1, 1), (0, 0), 1):
+            return None
+        for module in (self.conv2, span):
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                or 'forward' in module.__dict__
+            ):
+                return None
+        return span
 
     def _unflatten(self, kernels: Tensor) -> Tensor:
         """[N, G*K*K, Ho, Wo] to [N, G, K, K, Ho, Wo]."""

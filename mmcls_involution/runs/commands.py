@@ -14,43 +14,7 @@ from mmcls_involution.runs.record import Job
 
 
 class StepError(Exception):
-    """A command that we run has failed; the message has its last lines."""
-
-
-def run_command(
-    name: str, command: list[str], show: Callable[[str], None], **options: Any
-) -> None:
-    """Run a command, handing on each line that it prints; end it if we are ended.
-
-    Args:
-        name (str): What to call it, should it fail.
-        command (list[str]): Program and arguments.
-        show (Callable): Called with each line of its output, as it comes.
-        **options: For ``subprocess.Popen``.
-
-    Raises:
-        StepError: If it fails.
-    """
-    tail: deque[str] = deque(maxlen=20)
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
-    try:
-        for line in process.stdout:
-            tail.append(line)
-            show(line)
-        code = process.wait()
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            process.wait()
-    if code:
-        how = 'failed' if code > 0 else f'was ended by signal {-code}'
-        raise StepError(f'{name} {how}:\n\n{"".join(tail)}')
+    """A command that we run has failed."""
 
 
 def command_line(
@@ -80,30 +44,43 @@ def command_line(
     return [str(part) for part in command]
 
 
-def call(name: str, command: list[str], descriptor: int, quiet: bool = False) -> None:
-    """Run a command with this Python, its output shown as it comes.
+def call(
+    name: str, command: list[str], descriptor: int, show: Callable[[str], None]
+) -> None:
+    """Run a command with this Python; end it if we are ended.
 
     Args:
         name: 'train' or 'test'.
         command: Its command line; ``python`` stands for this Python.
         descriptor: An open file that the command inherits.
-        quiet: Whether its output goes nowhere. Defaults to False.
+        show: Called with each line of its output, as it comes.
 
     Raises:
-        StepError: If it fails.
+        StepError: If it fails; the message has its last lines.
     """
-
-    def show(line: str) -> None:
-        if not quiet:
-            print(line, end='', flush=True)
-
-    env = {**os.environ, 'PYTHONUNBUFFERED': '1'}
-    command = [sys.executable, *command[1:]]
+    tail: deque[str] = deque(maxlen=20)
+    process = subprocess.Popen(
+        [sys.executable, *command[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, 'PYTHONUNBUFFERED': '1'},
+        pass_fds=[descriptor],
+    )
     try:
-        run_command(f'tools/{name}.py', command, show, env=env, pass_fds=[descriptor])
-    except StepError as error:
+        for line in process.stdout:
+            tail.append(line)
+            show(line)
+        code = process.wait()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+    if code:
+        last = ''.join(tail)
         # Our tools end with a message of their own; other last lines say less.
-        message = re.search(r'^Error: (.*)', str(error), re.MULTILINE | re.DOTALL)
-        raise StepError(
-            f'tools/{name}.py: {message[1].strip()}' if message else error
-        ) from None
+        message = re.search(r'^Error: (.*)', last, re.MULTILINE | re.DOTALL)
+        if message:
+            raise StepError(f'tools/{name}.py: {message[1].strip()}')
+        how = 'failed' if code > 0 else f'was ended by signal {-code}'
+        raise StepError(f'tools/{name}.py {how}:\n\n{last}')

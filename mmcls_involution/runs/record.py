@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -11,7 +12,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,8 @@ class Job:
     seed: int | None = None
     gpus: int | None = None
     error: str | None = None
+    # Called with each line that its training and its test print.
+    show: Callable[[str], None] = functools.partial(print, end='', flush=True)
     # What earlier calls have done, by step: kept in work_dir/report/record.json.
     record: dict[str, dict] = field(default_factory=dict)
 

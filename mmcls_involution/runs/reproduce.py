@@ -239,7 +239,7 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
             'train_dataloader.batch_size=... or auto_scale_lr.enable=True.',
             flush=True,
         )
-    call('train', command, descriptor)
+    call('train', command, descriptor, job.show)
     latest = latest_checkpoint(job.work_dir)
     if latest is None:
         raise StepError(
@@ -263,7 +263,7 @@ def test(job: Job, checkpoint: str, key: dict, descriptor: int) -> None:
         *('--out', out, '--out-item', 'metrics'),
     )
     facts = provenance(job, command)
-    call('test', command, descriptor)
+    call('test', command, descriptor, job.show)
     scores, meta = mmengine.load(out), read_meta(checkpoint)
     job.remember(
         'test', key=key, checkpoint=checkpoint, meta=meta, scores=scores, **facts
@@ -304,7 +304,7 @@ def draw_examples(job: Job, checkpoint: str, key: dict, descriptor: int) -> None
     )
     facts = provenance(job, command)
     # Quiet, lest the scores of so few images be taken for a result.
-    call('test', command, descriptor, quiet=True)
+    call('test', command, descriptor, show=lambda line: None)
     job.remember('examples', key=key, **facts)
 
 

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from op_cases import backend_name
 from torch import nn
+from torch.nn.modules import module as module_hooks
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import Involution2d, involution2d
 from mmcls_involution.ops import fused as fused_form
 
 GENERATORS = ['bottleneck', 'linear', 'dot_product', 'attention']
@@ -143,17 +145,129 @@ def test_fused_equals_two_steps(generator, stride, monkeypatch):
     for two_steps, one in zip(*results, strict=True):
         torch.testing.assert_close(one, two_steps, rtol=1e-10, atol=1e-10)
 
-    module.conv2.conv.register_forward_hook(lambda *_: calls.append('hook'))
+
+HOOKS = {
+    'forward': nn.Module.register_forward_hook,
+    'forward_pre': nn.Module.register_forward_pre_hook,
+    'full_backward': nn.Module.register_full_backward_hook,
+    'full_backward_pre': nn.Module.register_full_backward_pre_hook,
+    'global_forward': lambda _, hook: module_hooks.register_module_forward_hook(hook),
+    'global_forward_pre': (
+        lambda _, hook: module_hooks.register_module_forward_pre_hook(hook)
+    ),
+    'global_backward': (
+        lambda _, hook: module_hooks.register_module_full_backward_hook(hook)
+    ),
+    'global_backward_pre': (
+        lambda _, hook: module_hooks.register_module_full_backward_pre_hook(hook)
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', HOOKS)
+@pytest.mark.parametrize('name', ['conv2', 'conv2.conv'])
+def test_hooks_on_the_span_are_called(name, kind):
+    module = Involution2d(16, stride=2).double()
+    watched, seen = module.get_submodule(name), []
+
+    def hook(called, *tensors):
+        if called is watched:
+            seen.append([t for item in tensors for t in item if t is not None])
+
+    x = torch.randn(2, 16, 9, 7, dtype=torch.double, requires_grad=True)
+    handle = HOOKS[kind](watched, hook)
+    try:
+        for module.fused in (False, None, True):
+            module(x).square().sum().backward()
+    finally:
+        handle.remove()
+    assert len(seen) == 3
+    for others in seen[1:]:
+        torch.testing.assert_close(others, seen[0])
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def call_another(conv):
+    """As what fetches weights to the GPU when they are needed does it."""
+    conv.forward = lambda x: F.conv2d(x, 2 * conv.weight, conv.bias)
+
+
+WEIGHT_MASK = torch.arange(49 * 4).view(49, 4, 1, 1) % 3 > 0
+BIAS_MASK = torch.arange(49) % 3 > 0
+# name -> what is done to the span convolution, its weight and bias by that
+CHANGES = {
+    'parametrization': (
+        lambda conv: parametrize.register_parametrization(conv, 'weight', Doubled()),
+        lambda weight, bias: (2 * weight, bias),
+    ),
+    'spectral_norm': (parametrizations.spectral_norm, lambda w, b: (w / 8, b)),
+    'old_spectral_norm': (nn.utils.spectral_norm, lambda w, b: (w / 8, b)),
+    'pruned_weight': (
+        lambda conv: prune.custom_from_mask(conv, 'weight', WEIGHT_MASK),
+        lambda weight, bias: (weight * WEIGHT_MASK, bias),
+    ),
+    'pruned_bias': (
+        lambda conv: prune.custom_from_mask(conv, 'bias', BIAS_MASK),
+        lambda weight, bias: (weight, bias * BIAS_MASK),
+    ),
+    'other_forward': (call_another, lambda weight, bias: (2 * weight, bias)),
+}
+
+
+@pytest.mark.parametrize('change, effect', CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize('fused', [False, None, True])
+def test_changes_of_the_span_have_their_effect(change, effect, fused):
+    module = Involution2d(16, fused=fused).double()
+    span = module.conv2.conv
+    nn.init.orthogonal_(span.weight)  # singular values of 8, 4, 2 and 1
+    span.weight.data *= 2.0 ** torch.arange(4).view(4, 1, 1)
+    nn.init.normal_(span.bias)
+    weight, bias = span.weight.detach().clone(), span.bias.detach().clone()
+    change(span)
+    x = torch.randn(2, 16, 9, 7, dtype=torch.double)
+    for _ in range(20):  # the spectral norms come nearer with every call
+        out = module(x)
+    kernels = F.conv2d(module.conv1(x), *effect(weight, bias)).unflatten(1, (1, 7, 7))
+    torch.testing.assert_close(out, involution2d(x, kernels, 1, 3), rtol=1e-8, atol=0)
+    out.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in span.parameters())
+
+
+@pytest.mark.parametrize('fused', [False, None, True])
+def test_other_layers_span_the_kernels(fused):
+    module = Involution2d(16, fused=fused)
+    x = torch.randn(2, 16, 9, 7)
+    for other in (
+        nn.Conv2d(4, 49, 3, padding=1),
+        nn.Conv2d(4, 49, 1, groups=1, bias=False, padding_mode='reflect'),
+        nn.Sequential(nn.Conv2d(4, 49, 1), nn.Tanh()),
+    ):
+        for module.conv2 in (nn.Sequential(other), nn.Sequential(nn.Identity(), other)):
+            kernels = other(module.conv1(x)).unflatten(1, (1, 7, 7))
+            torch.testing.assert_close(module(x), involution2d(x, kernels, 1, 3))
+
+
+def test_quantization_observes_the_span():
+    quantization = pytest.importorskip('torch.ao.quantization')  # to leave torch
+    module = Involution2d(16, fused=True)
+    module.conv2.qconfig = quantization.default_qconfig
+    quantization.prepare(module, inplace=True)
+    x = torch.randn(2, 16, 9, 7)
     module(x)
-    assert calls[1:] == ['hook']
+    highest = F.conv2d(module.conv1(x), *module.conv2.conv.parameters()).max()
+    observer = module.conv2.conv.activation_post_process
+    torch.testing.assert_close(observer.max_val, highest)
 
 
-@pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('stride', [1, 2])
 @every_generator
-def test_flops_are_those_of_the_formula(generator, stride, fused):
+def test_flops_are_those_of_the_formula(generator, stride):
     c, k, (h, w) = 32, 5, (8, 6)
-    module = Involution2d(c, k, stride, fused=fused, generator=generator)
+    module = Involution2d(c, k, stride, generator=generator)
     with FlopCounterMode(display=False) as counter:
         module(torch.randn(1, c, h, w))
     pixels, outputs = h * w, h * w // stride**2

@@ -15,6 +15,7 @@ drift.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ from mmcls_involution.ops.backends.contract import Problem
 IMAGES = ('8x224x224', '1x800x1216', '2x512x1024')
 DTYPES = {'fp32': torch.float32, 'bf16': torch.bfloat16, 'fp16': torch.float16}
 Shape = dict[str, int]
-# Time and memory of one candidate: forward and backward in seconds, memory in bytes.
+# Of one candidate: forward_ms, backward_ms, peak_memory_mb; nan if not measured.
 Figures = dict[str, float]
 
 
@@ -117,19 +118,16 @@ def measure(
         forward, tensors = candidates[name]
         return lambda: torch.autograd.grad(forward(), tensors, grads[name])
 
-    def time_all(functions: dict[str, Callable], what: str) -> dict[str, float]:
-        return time_in_turns(
-            functions,
-            args.device,
-            args.rounds,
-            f'{label} {what}',
-            kernels_alone=True,
-        )
+    def time_all(functions: dict[str, Callable], what: str) -> None:
+        turns = args.device, args.rounds, f'{label} {what}'
+        seconds = time_in_turns(functions, *turns, kernels_alone=True)
+        for name, value in seconds.items():
+            results[name][f'{what}_ms'] = value * 1e3
 
+    unknown = dict.fromkeys(('forward_ms', 'backward_ms', 'peak_memory_mb'), math.nan)
+    results = {name: {**unknown} for name in candidates}
     with torch.no_grad():
-        functions = {name: forward for name, (forward, _) in candidates.items()}
-        seconds = time_all(functions, 'forward')
-    results = {name: dict(forward=value) for name, value in seconds.items()}
+        time_all({name: run for name, (run, _) in candidates.items()}, 'forward')
     if args.forward_only:
         return results
     # In the type and memory format of each one's output.
@@ -137,12 +135,10 @@ def measure(
         name: torch.empty_like(forward()).copy_(grad)
         for name, (forward, _) in candidates.items()
     }
-    graphs = {name: backward(name) for name in candidates}
-    for name, value in time_all(graphs, 'backward').items():
-        results[name]['backward'] = value
-    del graphs
+    time_all({name: backward(name) for name in candidates}, 'backward')
     for name in candidates:
-        results[name]['memory'] = peak_memory(step(name), args.device)
+        peak = peak_memory(step(name), args.device)
+        results[name]['peak_memory_mb'] = peak / 1e6
     return results
 
 
@@ -215,17 +211,13 @@ def measure_spanned(
 
 
 def table_row(shape: Shape, figures: dict[str, Figures], *keys: str) -> dict:
-    """The shape, and per candidate its figures, of times in ms, of memory in MB."""
+    """The shape, and per candidate those of its figures that were measured."""
     row: dict[str, object] = {
         'shape': '{channels}x{height}x{width} K{kernel} s{stride}'.format(**shape),
         'layers': shape['layers'],
     }
     for name, figure in figures.items():
-        values = [
-            figure[key] * (1e-6 if key == 'memory' else 1e3)
-            for key in keys
-            if key in figure
-        ]
+        values = [figure[key] for key in keys if not math.isnan(figure[key])]
         row[name] = ' / '.join(f'{value:.3g}' for value in values)
     return row
 
@@ -242,10 +234,9 @@ def speedups(
             for result in results
         )
 
-    row: dict[str, object] = {f'{ours} against': other, 'forward': mean('forward')}
-    if 'backward' in results[0][ours]:
-        row['forward + backward'] = mean('forward', 'backward')
-    return row
+    row: dict[str, object] = {f'{ours} against': other, 'forward': mean('forward_ms')}
+    both = mean('forward_ms', 'backward_ms')
+    return row if math.isnan(both) else {**row, 'forward + backward': both}
 
 
 def main() -> None:
@@ -278,55 +269,39 @@ def main() -> None:
     bandwidth = copy_bandwidth(args.device)
     console.print(f'copy bandwidth: {bandwidth / 1e9:.3g} GB/s\n')
     records, summary = [], []
+    ours = backends[0]
     for image, rows in shapes.items():
-        plain_results, spanned_results, tables = [], [], ([], [], [])
+        measured = []
         for i, shape in enumerate(rows):
             label = f'{image} [{i + 1}/{len(rows)}]'
             plain, size = measure_involution(shape, backends, args, label)
-            spanned = measure_spanned(shape, backends[0], args, label)
-            plain_results.append(plain)
-            spanned_results.append(spanned)
-            floor = size / bandwidth
-            tables[0].append(
-                {
-                    **table_row(shape, plain, 'forward', 'backward'),
-                    'floor': floor * 1e3,
-                    'x floor': plain[backends[0]]['forward'] / floor,
-                }
-            )
+            spanned = measure_spanned(shape, ours, args, label)
+            floor = size / bandwidth * 1e3
+            measured.append((shape, plain, spanned, floor))
+            setting = dict(dtype=args.dtype, channels_last=args.channels_last)
+            records += [
+                dict(image=image, **shape, **setting, candidate=name, **figures)
+                | dict(floor_ms=floor)
+                for name, figures in (plain | spanned).items()
+            ]
+        given, spans, memory = [], [], []
+        for shape, plain, spanned, floor in measured:
+            given.append(table_row(shape, plain, 'forward_ms', 'backward_ms'))
+            given[-1] |= {'floor': floor, 'x floor': plain[ours]['forward_ms'] / floor}
             if not args.forward_only:
-                backward = plain[backends[0]]['backward']
-                tables[0][-1]['backward x floor'] = backward / (2 * floor)
-            tables[1].append(table_row(shape, spanned, 'forward', 'backward'))
-            both = {**plain, **spanned}
-            tables[2].append(table_row(shape, both, 'memory'))
-            for name, figures in both.items():
-                records.append(
-                    dict(
-                        image=image,
-                        **shape,
-                        dtype=args.dtype,
-                        channels_last=args.channels_last,
-                        candidate=name,
-                        forward_ms=figures['forward'] * 1e3,
-                        backward_ms=figures.get('backward', float('nan')) * 1e3,
-                        peak_memory_mb=figures.get('memory', float('nan')) / 1e6,
-                        floor_ms=floor * 1e3,
-                    )
-                )
+                twice = plain[ours]['backward_ms'] / (2 * floor)
+                given[-1]['backward x floor'] = twice
+            spans.append(table_row(shape, spanned, 'forward_ms', 'backward_ms'))
+            memory.append(table_row(shape, plain | spanned, 'peak_memory_mb'))
         title = f'{image}, {args.dtype}: ms forward / backward'
-        print_table(f'{title}; kernels given', tables[0])
-        print_table(f'{title}; kernels spanned by a 1x1 convolution', tables[1])
+        print_table(f'{title}; kernels given', given)
+        print_table(f'{title}; kernels spanned by a 1x1 convolution', spans)
         if not args.forward_only:
-            print_table(f'{image}, {args.dtype}: MB that both take', tables[2])
-        summary += [
-            {'image': image, **speedups(plain_results, backends[0], other)}
-            for other in plain_results[0]
-            if other != backends[0]
-        ]
-        summary.append(
-            {'image': image, **speedups(spanned_results, 'fused', 'two steps')}
-        )
+            print_table(f'{image}, {args.dtype}: MB that both take', memory)
+        _, plain, spanned, _ = zip(*measured, strict=True)
+        pairs = [(plain, ours, other) for other in plain[0] if other != ours]
+        pairs.append((spanned, 'fused', 'two steps'))
+        summary += [{'image': image, **speedups(*pair)} for pair in pairs]
     for first in dict.fromkeys(list(row)[1] for row in summary):
         print_table(
             'times faster, geometric mean over the shapes',

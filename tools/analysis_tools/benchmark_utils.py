@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from rich.progress import track
 
-from mmcls_involution.console import console
+from mmcls_involution.console import console, progress
 
 
 def synchronize(device: str) -> None:
@@ -57,14 +56,7 @@ def time_in_turns(
             return _time_on_gpu(function, junk, kernels_alone)
 
     times: dict[str, list[float]] = {name: [] for name in functions}
-    rounds_shown = track(
-        range(rounds + 1),
-        description,
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    for turn in rounds_shown:
+    for turn in progress(range(rounds + 1), description):
         for name, function in functions.items():
             seconds = stopwatch(function)
             if turn:
@@ -108,9 +100,7 @@ def peak_memory(function: Callable[[], object], device: str) -> int:
         function()
         synchronize(device)
         return module.max_memory_allocated() - before
-    os.environ.setdefault(
-        'KINETO_LOG_LEVEL', '99'
-    )  # it prints a line per start and stop
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # a line per start and stop
     with torch.profiler.profile(profile_memory=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,9 +18,8 @@ import re
 from pathlib import Path
 
 from benchmark_utils import write_csv
-from rich.progress import track
 
-from mmcls_involution.console import console, print_table
+from mmcls_involution.console import print_table, progress
 from mmcls_involution.ops.backends.triton_kernels import block_channels, span_blocks
 
 NAMES = (
@@ -141,12 +140,8 @@ def main() -> None:
         for config in configs(problem[1], problem[3])
     ]
     rows = []
-    for architecture, name, dtype, channels_last, (size, stride), config in track(
-        problems,
-        'compiling',
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
+    for architecture, name, dtype, channels_last, (size, stride), config in progress(
+        problems, 'compiling'
     ):
         constants = dict(
             **dict.fromkeys(('KH', 'KW'), size),

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.fileio import load
-from rich.progress import track
 
 from mmcls_involution import compat
-from mmcls_involution.console import console, print_table
+from mmcls_involution.console import console, print_table, progress
 from mmcls_involution.flops import build_model, measure
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -103,14 +102,7 @@ def main() -> None:
     ).parse_args()
     compat.apply()
     paper = load(CONFIGS / 'paper.yml')
-    models = track(
-        paper.items(),
-        'counting',
-        total=len(paper),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
+    models = progress(paper.items(), 'counting', len(paper))
     rows = [compare(name, figures) for name, figures in models]
     print_table(
         'Parameters (M) and FLOPs (G) of the paper and of our configs',
