@@ -91,7 +91,24 @@ def test_fpn_is_found_by_detection_and_segmentation(scope):
         assert isinstance(registry.build(cfg), InvolutionFPN)
 
 
-@pytest.mark.parametrize('name', ['conv_cfg', 'norm_cfg', 'act_cfg'])
+def test_norm_of_fpn_is_that_of_its_convolutions():
+    neck = InvolutionFPN(
+        *([16, 32], 16, 4),
+        norm_cfg=dict(type='GN', num_groups=2),
+        add_extra_convs='on_output',
+    )
+    normalised = {
+        name.removesuffix('.gn')
+        for name, module in neck.named_modules()
+        if isinstance(module, nn.GroupNorm)
+    }
+    convolutions = ['lateral_convs.0', 'lateral_convs.1', 'fpn_convs.2', 'fpn_convs.3']
+    assert normalised == set(convolutions)
+    outs = neck([torch.randn(1, 16, 8, 8), torch.randn(1, 32, 4, 4)])
+    assert [out.size(-1) for out in outs] == [8, 4, 2, 1]
+
+
+@pytest.mark.parametrize('name', ['conv_cfg', 'act_cfg'])
 def test_fpn_refuses_what_it_would_ignore(name):
     with pytest.raises(ValueError, match=f'does not take {name}, got .*involution_cfg'):
         InvolutionFPN([16], 16, 1, **{name: dict(type='x')})

@@ -33,11 +33,13 @@ class InvolutionFPN(FPN):
         num_outs (int): Number of output levels.
         involution_cfg (dict, optional): Arguments of :class:`Involution2d`.
             Defaults to None: its defaults (kernel_size 7).
-        **kwargs: Further arguments of FPN, without ``conv_cfg``, ``norm_cfg`` and
-            ``act_cfg``, which an involution has no use for.
+        **kwargs: Further arguments of FPN, without ``conv_cfg`` and ``act_cfg``,
+            which an involution has no use for. ``norm_cfg`` is that of the lateral
+            layers and the extra levels; nothing follows the involutions, whose own
+            norm is set by ``involution_cfg``.
 
     Raises:
-        ValueError: If ``conv_cfg``, ``norm_cfg`` or ``act_cfg`` is set.
+        ValueError: If ``conv_cfg`` or ``act_cfg`` is set.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class InvolutionFPN(FPN):
         involution_cfg: dict | None = None,
         **kwargs: Any,
     ) -> None:
-        for name in ('conv_cfg', 'norm_cfg', 'act_cfg'):
+        for name in ('conv_cfg', 'act_cfg'):
             if kwargs.get(name) is not None:
                 raise ValueError(
                     f'InvolutionFPN does not take {name}, got {kwargs[name]}; its '
