@@ -21,7 +21,6 @@ from mmengine.registry import MODELS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
-from mmcls_involution.paths import ROOT as ROOT
 
 PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '

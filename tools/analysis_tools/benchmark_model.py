@@ -108,16 +108,11 @@ def main() -> None:
     def report(shape: str, what: str, functions: dict) -> None:
         label = f'{shape} {what}'
         seconds = time_in_turns(functions, args.device, args.rounds, label)
+        peaks = {name: peak_memory(f, args.device) for name, f in functions.items()}
         row = {'shape': shape, 'what': what}
-        for name, value in seconds.items():
-            row[f'{name} ms'] = value * 1e3
+        row |= {f'{name} ms': value * 1e3 for name, value in seconds.items()}
         row['time ratio'] = seconds['RedNet'] / seconds['ResNet']
-        peaks = {
-            name: peak_memory(function, args.device) / 1e6
-            for name, function in functions.items()
-        }
-        for name, value in peaks.items():
-            row[f'{name} MB'] = value
+        row |= {f'{name} MB': value / 1e6 for name, value in peaks.items()}
         row['memory ratio'] = peaks['RedNet'] / peaks['ResNet']
         rows.append(row)
         console.print(f'{label}: {row["time ratio"]:.2f} of the time')
@@ -137,9 +132,7 @@ def main() -> None:
         layouts['training step, channels_last'] = x.contiguous(
             memory_format=torch.channels_last
         )
-        for what, images in layouts.items():
-            if args.no_train:
-                break
+        for what, images in {} if args.no_train else layouts.items():
             functions = {
                 name: training_step(model, images) for name, model in models.items()
             }
