@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +35,15 @@ def loads_as_coco(cls: type | None) -> bool:
     from mmdet.datasets import CocoDataset
 
     return getattr(cls, 'load_data_list', None) is CocoDataset.load_data_list
+
+
+def reads_objects(cls: type | None) -> bool:
+    """Whether it reads the annotations so too, not captions, say, or segments."""
+    if not loads_as_coco(cls):
+        return False
+    from mmdet.datasets import CocoDataset
+
+    return cls.parse_data_info is CocoDataset.parse_data_info
 
 
 def scores_coco(cls: type | None) -> bool:
@@ -115,7 +123,8 @@ def check_quickly(
     ann_file: Path,
     folder: Path,
     classes: list[str],
-    masks: bool = False,
+    objects: bool,
+    masks: bool,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -124,7 +133,8 @@ def check_quickly(
         ann_file (Path): The annotation file.
         folder (Path): The folder of the photos.
         classes (list[str]): What the config says.
-        masks (bool): Whether masks are trained or evaluated. Defaults to False.
+        objects (bool): Whether the annotations are objects in boxes.
+        masks (bool): Whether their masks are trained or evaluated.
     """
     try:
         content = read(ann_file)
@@ -137,9 +147,16 @@ def check_quickly(
         detail = f'{ann_file} names the photo {name}, which is not in the folder '
         detail += '; '.join(filter(None, [str(folder), backslash(name)]))
         yield Finding('image folder', path, detail)
+    if not objects:
+        return
     entries = Entries(content, classes, masks)
-    yield from entries.found
-    yield from entries.check_use(str(ann_file), path.startswith('train'))
+    trains = path.startswith('train')
+    for finding in entries.found:
+        if finding.rule == 'short polygon' and not trains:
+            # pycocotools takes 4 numbers for a box, and stops at fewer.
+            finding = Finding('broken mask', finding.place, finding.detail)
+        yield finding
+    yield from entries.check_use(str(ann_file), trains)
 
 
 def _check_classes(
@@ -161,22 +178,7 @@ def _check_classes(
         problem = f'{", ".join(map(repr, missing))} not among its categories'
         names = [c['name'] for c in content.categories if c['id'] not in roots]
     elif twice:
-        same = [c['id'] for c in content.categories if c['name'] == twice[0]]
-        empty = [key for key in same if not content.used[_key(key)]] or same[1:]
-        command = (
-            f'import json; p = {str(ann_file)!r}; c = json.load(open(p)); '
-            'c["categories"] = [i for i in c["categories"] if i["id"] not in '
-            f'{empty}]; json.dump(c, open(p, "w"))'
-        )
-        yield Finding(
-            'category twice',
-            str(ann_file),
-            f'{twice[0]!r} is category {" and ".join(map(repr, same))}; of '
-            f'{", ".join(map(repr, empty))} there is '
-            f'{content.used[_key(empty[0])] or "no"} annotation'
-            f'{" (the root that Roboflow adds)" if empty[0] in roots else ""}. '
-            f'python -c {shlex.quote(command)} takes it out',
-        )
+        yield _twice(ann_file, content, twice[0])
         return
     else:
         problem = 'the order differs, so the labels would get the wrong names'
@@ -192,6 +194,27 @@ def _check_classes(
         f'{path}: metainfo.classes does not fit {ann_file}',
         f'{problem}. The file has, in this order: {tuple(names)}',
     )
+
+
+def _twice(ann_file: Path, content: Content, name: str) -> Finding:
+    """Two categories of one name, and how to become rid of one."""
+    same = [c['id'] for c in content.categories if c['name'] == name]
+    counts = [content.used[_key(number)] for number in same]
+    detail = f'{name!r} is category ' + ' and '.join(
+        f'{number!r} ({count} annotations)'
+        for number, count in zip(same, counts, strict=True)
+    )
+    empty = [n for n, count in zip(same, counts, strict=True) if not count]
+    if len(empty) == len(same) - 1:
+        if empty[0] in content.roots():
+            detail += f'; {empty[0]!r} is the root that Roboflow adds'
+        command = (
+            f"import json; p = {str(ann_file)!r}; c = json.load(open(p, 'rb')); "
+            "c['categories'] = [i for i in c['categories'] "
+            f"if i['id'] not in {empty}]; json.dump(c, open(p, 'w'))"
+        )
+        detail += f'. python -c "{command}" takes it out'
+    return Finding('category twice', str(ann_file), detail)
 
 
 class Entries:
@@ -324,9 +347,13 @@ class Entries:
                 place = f'annotation {key} of {image}'
                 self.found.append(Finding('no mask', place, 'has no segmentation'))
             elif wrong := _wrong_mask(mask, size):
-                rule, detail = wrong
+                short, detail = wrong
                 place = f'annotation {key} of {image}'
-                self.found.append(Finding(rule, place, detail))
+                self.found.append(
+                    Finding('short polygon', place, detail)
+                    if short
+                    else Finding('broken mask', place, detail)
+                )
         return reason
 
     def _twin(self, number: Any) -> str:
@@ -339,9 +366,12 @@ class Entries:
 
     def check_use(self, ann_file: str, trains: bool) -> Iterator[Finding]:
         """Whether there is something to train on, of each class."""
-        if not trains:
-            return
         reasons = ', '.join(f'{n} {why}' for why, n in self.unused.most_common())
+        if not trains:
+            if self.unused and not self.usable:
+                detail = f'none of its annotations counts: {reasons}'
+                yield Finding('nothing to score', ann_file, detail)
+            return
         if not self.usable:
             detail = f'none of its annotations can be trained on: {reasons}'
             if not self.unused:
@@ -366,28 +396,30 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] | None:
-    """The rule that a segmentation breaks, and how; None for a sound one."""
-    broken = 'broken mask'
+def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[bool, str] | None:
+    """What is wrong with a segmentation, and whether its polygons are only short."""
     if isinstance(mask, dict):
         shape, counts = mask.get('size'), mask.get('counts')
-        if not isinstance(counts, list | str) or not isinstance(shape, list):
-            return broken, 'a run-length code needs "counts" and "size"'
+        if not isinstance(counts, list | str) or len(shape or []) != 2:
+            return False, 'a run-length code needs "counts" and "size"'
         if size is not None and shape != [size[1], size[0]]:
-            return broken, f'its code is of {times(shape[::-1])}, not {times(size)}'
+            return False, f'its code is of {times(shape[::-1])}, not {times(size)}'
         return None
     if not isinstance(mask, list):
-        return broken, f'{mask!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]'
+        return (
+            False,
+            f'{str(mask)[:40]!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]',
+        )
     for polygon in mask:
         if not isinstance(polygon, list):
-            return broken, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+            return False, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
         # The first will do: COCO has 50 million of them.
         if polygon and not isinstance(polygon[0], int | float):
-            return broken, 'a polygon has something else than numbers'
+            return False, 'a polygon has something else than numbers'
     for polygon in mask:
         if len(polygon) < 6 or len(polygon) % 2:
             detail = f'a polygon of {len(polygon)} numbers: expected 3 or more pairs'
-            return 'short polygon', detail
+            return True, detail
     return None
 
 
@@ -411,12 +443,9 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     ]
 
 
-def uses_masks(cfg: Config) -> bool:
-    """Whether the config trains masks, or evaluates them."""
-    parts = dicts(
-        [cfg.get(k) for k in ('train_dataloader', 'val_evaluator', 'test_evaluator')]
-    )
-    return any(
-        part.get('with_mask') or 'segm' in (part.get('metric') or ())
-        for _, part in parts
-    )
+def uses_masks(cfg: Config, split: str) -> bool:
+    """Whether the config trains masks, or evaluates them, in a split."""
+    if split == 'train':
+        return any(part.get('with_mask') for _, part in dicts(cfg.train_dataloader))
+    evaluators = dicts(cfg.get(f'{split}_evaluator'))
+    return any('segm' in (part.get('metric') or ()) for _, part in evaluators)

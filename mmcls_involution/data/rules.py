@@ -59,7 +59,8 @@ _RULES = (
     Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
     Rule(
         'category twice',
-        'take one of them out, as both would become classes',
+        'both would become classes: take one out, or give its annotations the id of '
+        'the other',
         quick=True,
     ),
     Rule(
@@ -72,6 +73,11 @@ _RULES = (
         'annotate objects, or set what makes them unused right, such as iscrowd=1, '
         'which is for areas that a model need not find',
         quick=True,
+    ),
+    Rule(
+        'nothing to score',
+        'the scores will be -1; iscrowd=1 is for areas that a model need not find',
+        warns=True,
     ),
     Rule(
         'class without objects',
@@ -94,6 +100,11 @@ _RULES = (
     Rule(
         'image size',
         'the annotations are of another image, or it was resized or turned',
+    ),
+    Rule(
+        'too narrow',
+        'nothing of it is left when it is resized, and training stops here; cut it, '
+        'or take it out',
     ),
     Rule(
         'duplicate', 'must be unique: training stops, or the later one hides the first'
@@ -212,6 +223,8 @@ class Files:
         label (str, optional): Path of its segmentation map.
         values (Values, optional): What the values of the map mean.
         note (str): Why the image may be missing. Defaults to ''.
+        scale (tuple[int, int], optional): What the pipeline resizes it to, with its
+            ratio of width and height kept.
     """
 
     image: str
@@ -219,6 +232,7 @@ class Files:
     label: str | None = None
     values: Values | None = None
     note: str = ''
+    scale: tuple[int, int] | None = None
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:
