@@ -10,11 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import cv2
+from mmcv.image import rescale_size
 from mmengine.config import Config
 from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from rich.progress import track
@@ -158,7 +160,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
-            coco.uses_masks(cfg),
+            coco.uses_masks(cfg, path.partition('_')[0]),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -244,6 +246,8 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
     more, files = check(dataset, cfg)
     print(f'{path}: {len(files)} images', flush=True)
     found += more
+    scale = _scale(part)
+    files = [replace(file, scale=scale) for file in files]
     if not found and not files:
         found = [Finding('no data', path, 'the data set holds no image')]
     pixels: Counter[int] = Counter()
@@ -258,6 +262,16 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
     return found
 
 
+def _scale(part: dict) -> tuple[int, int] | None:
+    """What the pipeline of a data set resizes images to, keeping their ratio."""
+    for _, step in dicts(part.get('pipeline')):
+        scale = step.get('scale')
+        resizes = is_called(step.get('type'), 'Resize', TRANSFORMS)
+        if resizes and step.get('keep_ratio') and isinstance(scale, list | tuple):
+            return tuple(scale)
+    return None
+
+
 def check_files(files: Files) -> tuple[list[Finding], Counter[int]]:
     """Decode an image and its label map in full, and compare them.
 
@@ -267,6 +281,10 @@ def check_files(files: Files) -> tuple[list[Finding], Counter[int]]:
     found, size = images.check_image(files.image, files.size)
     if files.note and size is None:
         found = [Finding(f.rule, f.place, files.note) for f in found]
+    if size and files.scale and min(rescale_size(size, files.scale)) < 1:
+        detail = f'is {images.times(size)}, and resized to '
+        detail += images.times(rescale_size(size, files.scale))
+        found.append(Finding('too narrow', files.image, detail))
     if files.label is None:
         return found, Counter()
     more, pixels = segmentation.check_label(files.label, size, files.values)

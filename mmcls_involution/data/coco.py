@@ -138,8 +138,13 @@ def check_quickly(
         detail += '; '.join(filter(None, [str(folder), backslash(name)]))
         yield Finding('image folder', path, detail)
     entries = Entries(content, classes, masks)
-    yield from entries.found
-    yield from entries.check_use(str(ann_file), path.startswith('train'))
+    trains = path.startswith('train')
+    for finding in entries.found:
+        if finding.rule == 'short polygon' and not trains:
+            # pycocotools takes 4 numbers for a box, and stops at fewer.
+            finding = Finding('broken mask', finding.place, finding.detail)
+        yield finding
+    yield from entries.check_use(str(ann_file), trains)
 
 
 def _check_classes(
@@ -324,9 +329,13 @@ class Entries:
                 place = f'annotation {key} of {image}'
                 self.found.append(Finding('no mask', place, 'has no segmentation'))
             elif wrong := _wrong_mask(mask, size):
-                rule, detail = wrong
+                short, detail = wrong
                 place = f'annotation {key} of {image}'
-                self.found.append(Finding(rule, place, detail))
+                self.found.append(
+                    Finding('short polygon', place, detail)
+                    if short
+                    else Finding('broken mask', place, detail)
+                )
         return reason
 
     def _twin(self, number: Any) -> str:
@@ -339,9 +348,12 @@ class Entries:
 
     def check_use(self, ann_file: str, trains: bool) -> Iterator[Finding]:
         """Whether there is something to train on, of each class."""
-        if not trains:
-            return
         reasons = ', '.join(f'{n} {why}' for why, n in self.unused.most_common())
+        if not trains:
+            if self.unused and not self.usable:
+                detail = f'none of its annotations counts: {reasons}'
+                yield Finding('nothing to score', ann_file, detail)
+            return
         if not self.usable:
             detail = f'none of its annotations can be trained on: {reasons}'
             if not self.unused:
@@ -366,28 +378,30 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] | None:
-    """The rule that a segmentation breaks, and how; None for a sound one."""
-    broken = 'broken mask'
+def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[bool, str] | None:
+    """What is wrong with a segmentation, and whether its polygons are only short."""
     if isinstance(mask, dict):
         shape, counts = mask.get('size'), mask.get('counts')
-        if not isinstance(counts, list | str) or not isinstance(shape, list):
-            return broken, 'a run-length code needs "counts" and "size"'
+        if not isinstance(counts, list | str) or len(shape or []) != 2:
+            return False, 'a run-length code needs "counts" and "size"'
         if size is not None and shape != [size[1], size[0]]:
-            return broken, f'its code is of {times(shape[::-1])}, not {times(size)}'
+            return False, f'its code is of {times(shape[::-1])}, not {times(size)}'
         return None
     if not isinstance(mask, list):
-        return broken, f'{mask!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]'
+        return (
+            False,
+            f'{str(mask)[:40]!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]',
+        )
     for polygon in mask:
         if not isinstance(polygon, list):
-            return broken, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+            return False, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
         # The first will do: COCO has 50 million of them.
         if polygon and not isinstance(polygon[0], int | float):
-            return broken, 'a polygon has something else than numbers'
+            return False, 'a polygon has something else than numbers'
     for polygon in mask:
         if len(polygon) < 6 or len(polygon) % 2:
             detail = f'a polygon of {len(polygon)} numbers: expected 3 or more pairs'
-            return 'short polygon', detail
+            return True, detail
     return None
 
 
@@ -411,12 +425,9 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     ]
 
 
-def uses_masks(cfg: Config) -> bool:
-    """Whether the config trains masks, or evaluates them."""
-    parts = dicts(
-        [cfg.get(k) for k in ('train_dataloader', 'val_evaluator', 'test_evaluator')]
-    )
-    return any(
-        part.get('with_mask') or 'segm' in (part.get('metric') or ())
-        for _, part in parts
-    )
+def uses_masks(cfg: Config, split: str) -> bool:
+    """Whether the config trains masks, or evaluates them, in a split."""
+    if split == 'train':
+        return any(part.get('with_mask') for _, part in dicts(cfg.train_dataloader))
+    evaluators = dicts(cfg.get(f'{split}_evaluator'))
+    return any('segm' in (part.get('metric') or ()) for _, part in evaluators)

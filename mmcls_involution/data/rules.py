@@ -74,6 +74,11 @@ _RULES = (
         quick=True,
     ),
     Rule(
+        'nothing to score',
+        'the scores will be -1; iscrowd=1 is for areas that a model need not find',
+        warns=True,
+    ),
+    Rule(
         'class without objects',
         'it cannot be learnt; take it out of metainfo.classes and num_classes, or '
         'annotate some',
@@ -94,6 +99,11 @@ _RULES = (
     Rule(
         'image size',
         'the annotations are of another image, or it was resized or turned',
+    ),
+    Rule(
+        'too narrow',
+        'nothing of it is left when it is resized, and training stops here; cut it, '
+        'or take it out',
     ),
     Rule(
         'duplicate', 'must be unique: training stops, or the later one hides the first'
@@ -212,6 +222,8 @@ class Files:
         label (str, optional): Path of its segmentation map.
         values (Values, optional): What the values of the map mean.
         note (str): Why the image may be missing. Defaults to ''.
+        scale (tuple[int, int], optional): What the pipeline resizes it to, with its
+            ratio of width and height kept.
     """
 
     image: str
@@ -219,6 +231,7 @@ class Files:
     label: str | None = None
     values: Values | None = None
     note: str = ''
+    scale: tuple[int, int] | None = None
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:

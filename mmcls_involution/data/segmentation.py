@@ -67,8 +67,10 @@ class Values:
         ]
         if shares:
             detail += f'; ignored is {" and ".join(shares)}'
-        rule = 'one class alone' if few and trains else 'class without pixels'
-        yield Finding(rule, place, detail)
+        if few and trains:
+            yield Finding('one class alone', place, detail)
+        else:
+            yield Finding('class without pixels', place, detail)
 
 
 def label_values(dataset: Any, cfg: Config) -> Values:

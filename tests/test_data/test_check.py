@@ -81,9 +81,11 @@ def run(command, tmp_path) -> Run:
     The exit code must agree with them.
     """
 
-    def check(name: str, root: Path, *options: str, split: str = 'train') -> Rows:
+    def check(
+        name: str, root: Path, *options: str, split: str = 'train', text: str = ''
+    ) -> Rows:
         config, out = tmp_path / f'{name}.py', tmp_path / 'findings.txt'
-        config.write_text(CONFIGS[name].replace('{root}', str(root)))
+        config.write_text((text or CONFIGS[name]).replace('{root}', str(root)))
         flags = ['--workers', 1, '--out', out, '--split', split]
         if options:
             flags += ['--cfg-options', *options]
@@ -267,6 +269,34 @@ def test_masks(coco, run, mask, rule, detail):
         [(rule, 'annotation 2 of 0.png')] if rule else []
     )
     assert all(detail in row[2] for row in found)
+
+
+def test_masks_that_are_evaluated(coco, run):
+    """pycocotools takes four numbers for a box."""
+    edit(coco, annotation(segmentation=[[8, 8, 32, 32]]))
+    text = CONFIGS['detector'].replace('train_', 'val_')
+    options = ['val_evaluator.type=CocoMetric', 'val_evaluator.metric=[bbox,segm]']
+    assert run('validation', coco, *options[:1], split='val', text=text) == []
+    ((rule, place, _),) = run('validation', coco, *options, split='val', text=text)
+    assert (rule, place) == ('broken mask', 'annotation 2 of 0.png')
+
+
+def test_nothing_to_score(coco, run):
+    edit(coco, lambda c: [a.update(iscrowd=1) for a in c['annotations']])
+    text = CONFIGS['detector'].replace('train_', 'val_')
+    (found,) = run('validation', coco, split='val', text=text)
+    detail = 'none of its annotations counts: 8 with iscrowd=1'
+    assert found == ('nothing to score', str(coco / 'ann.json'), detail)
+
+
+def test_image_too_narrow_to_be_resized(coco, run):
+    Image.new('RGB', (2000, 3)).save(coco / '1.png')
+    edit(coco, image(width=2000, height=3))
+    step = 'train_dataloader.dataset.pipeline.0'
+    options = [f'{step}.type=Resize', f'{step}.scale=(64,64)']
+    options += [f'{step}.keep_ratio=True']
+    (found,) = [r for r in run('detector', coco, *options) if r[0] == 'too narrow']
+    assert found[1:] == (str(coco / '1.png'), 'is 2000x3, and resized to 64x0')
 
 
 def test_root_category_that_roboflow_adds(coco, run):
