@@ -160,6 +160,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
+            coco.reads_objects(cls),
             coco.uses_masks(cfg, path.partition('_')[0]),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
@@ -200,7 +201,7 @@ Check = Callable[[Any, Config], tuple[list[Finding], list[Files]]]
 
 def _family(kind: type) -> Check | None:
     """The function that checks data sets of a class; None for one it cannot."""
-    if coco.loads_as_coco(kind):
+    if coco.reads_objects(kind):
         return coco.check_coco
     families = dict(
         BaseSegDataset=segmentation.check_segmentation,

@@ -7,7 +7,6 @@ import inspect
 import json
 import math
 import os
-import shlex
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +35,15 @@ def loads_as_coco(cls: type | None) -> bool:
     from mmdet.datasets import CocoDataset
 
     return getattr(cls, 'load_data_list', None) is CocoDataset.load_data_list
+
+
+def reads_objects(cls: type | None) -> bool:
+    """Whether it reads the annotations so too, not captions, say, or segments."""
+    if not loads_as_coco(cls):
+        return False
+    from mmdet.datasets import CocoDataset
+
+    return cls.parse_data_info is CocoDataset.parse_data_info
 
 
 def scores_coco(cls: type | None) -> bool:
@@ -115,7 +123,8 @@ def check_quickly(
     ann_file: Path,
     folder: Path,
     classes: list[str],
-    masks: bool = False,
+    objects: bool,
+    masks: bool,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -124,7 +133,8 @@ def check_quickly(
         ann_file (Path): The annotation file.
         folder (Path): The folder of the photos.
         classes (list[str]): What the config says.
-        masks (bool): Whether masks are trained or evaluated. Defaults to False.
+        objects (bool): Whether the annotations are objects in boxes.
+        masks (bool): Whether their masks are trained or evaluated.
     """
     try:
         content = read(ann_file)
@@ -137,6 +147,8 @@ def check_quickly(
         detail = f'{ann_file} names the photo {name}, which is not in the folder '
         detail += '; '.join(filter(None, [str(folder), backslash(name)]))
         yield Finding('image folder', path, detail)
+    if not objects:
+        return
     entries = Entries(content, classes, masks)
     trains = path.startswith('train')
     for finding in entries.found:
@@ -166,22 +178,7 @@ def _check_classes(
         problem = f'{", ".join(map(repr, missing))} not among its categories'
         names = [c['name'] for c in content.categories if c['id'] not in roots]
     elif twice:
-        same = [c['id'] for c in content.categories if c['name'] == twice[0]]
-        empty = [key for key in same if not content.used[_key(key)]] or same[1:]
-        command = (
-            f'import json; p = {str(ann_file)!r}; c = json.load(open(p)); '
-            'c["categories"] = [i for i in c["categories"] if i["id"] not in '
-            f'{empty}]; json.dump(c, open(p, "w"))'
-        )
-        yield Finding(
-            'category twice',
-            str(ann_file),
-            f'{twice[0]!r} is category {" and ".join(map(repr, same))}; of '
-            f'{", ".join(map(repr, empty))} there is '
-            f'{content.used[_key(empty[0])] or "no"} annotation'
-            f'{" (the root that Roboflow adds)" if empty[0] in roots else ""}. '
-            f'python -c {shlex.quote(command)} takes it out',
-        )
+        yield _twice(ann_file, content, twice[0])
         return
     else:
         problem = 'the order differs, so the labels would get the wrong names'
@@ -197,6 +194,27 @@ def _check_classes(
         f'{path}: metainfo.classes does not fit {ann_file}',
         f'{problem}. The file has, in this order: {tuple(names)}',
     )
+
+
+def _twice(ann_file: Path, content: Content, name: str) -> Finding:
+    """Two categories of one name, and how to become rid of one."""
+    same = [c['id'] for c in content.categories if c['name'] == name]
+    counts = [content.used[_key(number)] for number in same]
+    detail = f'{name!r} is category ' + ' and '.join(
+        f'{number!r} ({count} annotations)'
+        for number, count in zip(same, counts, strict=True)
+    )
+    empty = [n for n, count in zip(same, counts, strict=True) if not count]
+    if len(empty) == len(same) - 1:
+        if empty[0] in content.roots():
+            detail += f'; {empty[0]!r} is the root that Roboflow adds'
+        command = (
+            f"import json; p = {str(ann_file)!r}; c = json.load(open(p, 'rb')); "
+            "c['categories'] = [i for i in c['categories'] "
+            f"if i['id'] not in {empty}]; json.dump(c, open(p, 'w'))"
+        )
+        detail += f'. python -c "{command}" takes it out'
+    return Finding('category twice', str(ann_file), detail)
 
 
 class Entries:

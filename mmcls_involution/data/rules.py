@@ -59,7 +59,8 @@ _RULES = (
     Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
     Rule(
         'category twice',
-        'take one of them out, as both would become classes',
+        'both would become classes: take one out, or give its annotations the id of the '
+        'other',
         quick=True,
     ),
     Rule(

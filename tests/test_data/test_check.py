@@ -13,10 +13,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
 
 from mmcls_involution import __main__ as commands
-from mmcls_involution.data import images
+from mmcls_involution.data import checks, images
 
 ROOT = Path(__file__).parents[2]
 
@@ -323,10 +325,31 @@ def test_root_category_that_roboflow_adds(coco, run):
     edit(coco, add('bar'))
     ((rule, place, detail),) = run('detector', coco)
     assert rule == 'category twice'
-    assert "'bar' is category 0 and 2; of 0 there is no annotation (the root" in detail
+    assert detail.startswith(
+        "'bar' is category 0 (0 annotations) and 2 (4 annotations); 0 is the root that"
+    )
     command = re.search(r'python -c (.*) takes it out', detail)[1]
     subprocess.run(f'{sys.executable} -c {command}', shell=True, check=True)
     assert run('detector', coco) == []
+
+
+def test_other_annotations_than_objects_do_not_stop_a_run(coco):
+    def change(content):
+        for i in range(4):
+            segment = dict(id=i, category_id=1, bbox=[0, 0, 9, 9], area=81, iscrowd=0)
+            content['annotations'].append(
+                dict(image_id=i + 1, file_name=f'{i}.png', segments_info=[segment])
+            )
+        del content['annotations'][:-4]
+
+    edit(coco, change)
+    text = CONFIGS['detector'].replace('CocoDataset', 'CocoPanopticDataset')
+    cfg = Config.fromstring(text.replace('{root}', str(coco)), '.py')
+    init_default_scope('mmdet')
+    found = list(checks.check_split_quickly(cfg, 'train'))
+    assert not [
+        f for f in found if f.rule in ('malformed entry', 'nothing to train on')
+    ]
 
 
 def test_backslash_in_a_file_name(coco, run):
