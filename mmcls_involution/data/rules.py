@@ -59,8 +59,8 @@ _RULES = (
     Rule('other annotations', 'the metrics would be wrong; set both', quick=True),
     Rule(
         'category twice',
-        'both would become classes: take one out, or give its annotations the id of the '
-        'other',
+        'both would become classes: take one out, or give its annotations the id of '
+        'the other',
         quick=True,
     ),
     Rule(
