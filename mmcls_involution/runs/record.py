@@ -26,6 +26,7 @@ from mmcls_involution.engine.errors import UserError
 from mmcls_involution.paths import ROOT
 from mmcls_involution.weights.files import (
     identity,
+    is_pretrained,
     starting_points,
 )
 
@@ -148,7 +149,7 @@ def digests(cfg: Config, keys: tuple[str, ...]) -> dict[str, str]:
     speed = ('num_workers', 'persistent_workers', 'pin_memory')
     content, found = cfg.to_dict(), {}
     for _, part in dicts(content):
-        if part.get('type') == 'Pretrained':
+        if is_pretrained(part):
             part.pop('checkpoint', None)
     for key, part in content.items():
         if key in keys:

@@ -14,10 +14,11 @@ import torch
 from mmengine.config import Config
 from mmengine.dist import is_distributed
 from mmengine.logging import print_log
+from mmengine.registry import WEIGHT_INITIALIZERS
 from mmengine.runner import CheckpointLoader
 from torch import Tensor
 
-from mmcls_involution.engine.config import dicts, missing
+from mmcls_involution.engine.config import dicts, is_called, missing
 from mmcls_involution.engine.errors import UserError
 
 
@@ -65,12 +66,17 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
         raise UserError(message)
 
 
+def is_pretrained(part: dict) -> bool:
+    """Whether a part of a config is an ``init_cfg`` that loads a checkpoint."""
+    return is_called(part.get('type'), 'Pretrained', WEIGHT_INITIALIZERS)
+
+
 def starting_points(cfg: Config) -> dict[str, str]:
     """Checkpoints that a training starts from, by the keys that name them."""
     starts = {
         f'{path}.checkpoint': part['checkpoint']
         for path, part in dicts(cfg.model, 'model')
-        if part.get('type') == 'Pretrained' and part.get('checkpoint')
+        if is_pretrained(part) and part.get('checkpoint')
     }
     return starts | ({'load_from': cfg.load_from} if cfg.get('load_from') else {})
 

@@ -878,6 +878,15 @@ def test_weights_that_cannot_be_had(place, expected, tool, tmp_path, monkeypatch
     assert re.search(expected, message), message
 
 
+def test_weights_are_looked_for_by_any_spelling(tool, tmp_path):
+    start = dict(type='mmengine.Pretrained', checkpoint='nowhere.pth')
+    options = [f'model.backbone.init_cfg.{key}={value}' for key, value in start.items()]
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path, '--cfg-options', *options
+    )
+    assert 'model.backbone.init_cfg.checkpoint: nowhere.pth does not exist' in message
+
+
 @pytest.fixture
 def nowhere() -> str:
     return 'no-such-folder'

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from mmcv.cnn import fuse_conv_bn
-from mmengine.model import BaseModel
+from mmengine.model import BaseModel, PretrainedInit
 from mmengine.model.efficient_conv_bn_eval import turn_on_efficient_conv_bn_eval
 from mmengine.registry import MODELS
 from torch import nn
@@ -264,12 +264,12 @@ def checkpoint(tmp_path):
     return str(tmp_path / 'classifier.pth')
 
 
-def test_pretrained_weights_are_loaded(checkpoint):
-    model = RedNet(
-        **SLIM,
-        init_cfg=dict(type='Pretrained', checkpoint=checkpoint, prefix='backbone.'),
-    )
+@pytest.mark.parametrize('kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit])
+def test_pretrained_weights_are_loaded(kind, checkpoint):
+    start = dict(type=kind, checkpoint=checkpoint, prefix='backbone.')
+    model = RedNet(**SLIM, zero_init_residual=True, init_cfg=start)
     model.init_weights()
+    model.init_weights()  # nothing more is done, and nothing said to be missing
     theirs = torch.load(checkpoint)['state_dict']
     for name, value in model.state_dict().items():
         assert torch.equal(value, theirs[f'backbone.{name}'])

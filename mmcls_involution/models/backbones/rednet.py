@@ -382,7 +382,8 @@ class RedNet(BaseModule):
         super().init_weights()
         cfgs = self.init_cfg if isinstance(self.init_cfg, list) else [self.init_cfg]
         for cfg in cfgs:
-            if cfg['type'] not in ('Pretrained', PretrainedInit):
+            kind = cfg['type']  # a class, or a name that may have a scope
+            if kind is not PretrainedInit and not str(kind).endswith('Pretrained'):
                 continue
             if 'stem.0.conv.weight' in fit.empty:  # ResNets have a layer1 too
                 raise Misfit(
