@@ -9,7 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -152,10 +152,11 @@ def check_quickly(
     entries = Entries(content, classes, masks)
     trains = path.startswith('train')
     for finding in entries.found:
-        if finding.rule == 'short polygon' and not trains:
+        rule = finding.rule
+        if rule == 'short polygon' and not trains:
             # pycocotools takes 4 numbers for a box, and stops at fewer.
-            finding = Finding('broken mask', finding.place, finding.detail)
-        yield finding
+            rule = 'broken mask'
+        yield replace(finding, rule=rule, file=str(ann_file))
     yield from entries.check_use(str(ann_file), trains)
 
 

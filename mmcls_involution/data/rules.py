@@ -195,11 +195,14 @@ class Finding:
         rule (str): Its name, of :data:`RULES`.
         place (str): Where.
         detail (str): What exactly. Defaults to ''.
+        file (str): The file that the place is in, for those who see no report of it.
+            Defaults to '': the place says it.
     """
 
     rule: str
     place: str
     detail: str = ''
+    file: str = ''
 
     def __str__(self) -> str:
         return f'{self.place}: {self.detail}' if self.detail else self.place
@@ -207,10 +210,11 @@ class Finding:
     @property
     def message(self) -> str:
         """Where, what, and what to do; one that ends in a full stop says it itself."""
-        if str(self).endswith('.'):
-            return str(self)
+        text = f'{self.file}: {self}' if self.file else str(self)
+        if text.endswith('.'):
+            return text
         fix = RULES[self.rule].fix
-        return f'{self}. {fix[0].upper()}{fix[1:]}.'
+        return f'{text}. {fix[0].upper()}{fix[1:]}.'
 
 
 @dataclass(frozen=True)

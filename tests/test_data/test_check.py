@@ -283,6 +283,15 @@ def test_masks_that_are_evaluated(coco, run):
     assert (rule, place) == ('broken mask', 'annotation 2 of 0.png')
 
 
+def test_message_before_a_run_names_the_file(coco):
+    edit(coco, annotation(bbox=None))
+    text = CONFIGS['detector'].replace('{root}', str(coco))
+    cfg = Config.fromstring(text, '.py')
+    init_default_scope('mmdet')
+    (finding,) = checks.check_split_quickly(cfg, 'train')
+    assert finding.message.startswith(f'{coco / "ann.json"}: annotation 2')
+
+
 def test_nothing_to_score(coco, run):
     edit(coco, lambda c: [a.update(iscrowd=1) for a in c['annotations']])
     text = CONFIGS['detector'].replace('train_', 'val_')
