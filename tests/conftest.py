@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported; without a GPU its interpreter runs kernels.
     os.environ['TRITON_INTERPRET'] = '1'
 
+from mmcls_involution import compat
+
+compat.apply()  # toolboxes can be imported, whichever test runs first
+
 COCO_CLASSES = ('square', 'bar')
 
 

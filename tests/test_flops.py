@@ -12,12 +12,10 @@ import yaml
 from mmengine.config import Config
 
 from mmcls_involution import __main__ as commands
-from mmcls_involution import compat
 from mmcls_involution.flops import build_model
 from mmcls_involution.flops import measure as measure_model
 
 # As the tools do: the stock configs do not import this package.
-compat.apply()
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'

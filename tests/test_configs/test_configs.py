@@ -11,12 +11,10 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.structures import PixelData
 
-from mmcls_involution import compat
 from mmcls_involution.models import RedNet
 from mmcls_involution.ops import Involution2d
 
 # As the tools do: the ResNet twins do not import this package.
-compat.apply()
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 FILES = sorted(file for file in CONFIGS.glob('*/*.py') if file.parent.name != '_base_')

@@ -16,7 +16,6 @@ import pytest
 from matplotlib.colors import to_rgb
 
 from mmcls_involution import __main__ as commands
-from mmcls_involution import compat
 from mmcls_involution.engine.config import add_cfg_options, read_config
 from mmcls_involution.runs import compare as tool
 
@@ -184,7 +183,6 @@ def test_configs_are_compared_by_one_recipe(data, tmp_path):
     import torch
     from mmengine.registry import MODELS
 
-    compat.apply()
     result = run_script(tmp_path, data)
     assert result.returncode == 0, result.stderr
     *calls, last = [line.split('\037')[:-1] for line in result.stdout.splitlines()]

@@ -18,7 +18,6 @@ import cv2
 import pytest
 
 from mmcls_involution import __main__ as commands
-from mmcls_involution import compat
 from mmcls_involution.runs import reproduce as tool
 from mmcls_involution.runs.logs import read_log
 
@@ -106,7 +105,6 @@ def quick_tools(ran, monkeypatch) -> None:
 def flat(seg_root) -> str:
     """tests/tiny/segmenter.py without its bases, which are slow to find."""
     pytest.importorskip('mmseg')
-    compat.apply()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('TINY_DATA', str(seg_root))
         cfg = import_module('mmengine').Config.fromfile(TINY / 'segmenter.py')

@@ -13,10 +13,6 @@ import cv2
 import numpy as np
 import pytest
 
-from mmcls_involution import compat
-
-compat.apply()  # lets mmdet be imported, whichever test runs first
-
 CONVERTERS = Path(__file__).parents[2] / 'tools' / 'dataset_converters'
 SPLITS = ('train', 'val', 'test')
 
