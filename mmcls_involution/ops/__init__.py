@@ -4,6 +4,7 @@ from .backends import BACKENDS
 from .functional import involution2d
 from .fused import fused_involution2d
 from .geometry import output_size
+from .kernels import record_kernels
 from .modules import Involution2d
 from .swap import InvolutionConv, swap_convolutions
 
@@ -14,5 +15,6 @@ __all__ = [
     'fused_involution2d',
     'involution2d',
     'output_size',
+    'record_kernels',
     'swap_convolutions',
 ]
