@@ -181,7 +181,7 @@ def as_results(sample: Any, image_id: int, name: str, classes: Any) -> list[dict
         return [dict(image_id=image_id, label_map=f'{name}_labels.png')]
     if not hasattr(sample, 'pred_instances'):
         scores = sample.pred_score.tolist()
-        label = int(sample.pred_label)
+        label = int(np.argmax(scores))
         result = dict(image_id=image_id, category_id=label + 1, score=scores[label])
         if classes:
             result['class'] = classes[label]
@@ -208,13 +208,18 @@ def as_results(sample: Any, image_id: int, name: str, classes: Any) -> list[dict
     return results
 
 
+def _write(path: Path, image: np.ndarray) -> None:
+    if not cv2.imwrite(str(path), image):  # which raises nothing
+        raise UserError(f'Cannot write {path}: is the folder writable, the disk full?')
+
+
 def write_picture(
     out_dir: Path, frame: Frame, picture: np.ndarray, videos: dict, stack: ExitStack
 ) -> None:
     """Write a picture, RGB, or append it to its video."""
     picture = picture[..., ::-1]
     if not frame.video:
-        cv2.imwrite(str(out_dir / f'{frame.name}.jpg'), picture)
+        _write(out_dir / f'{frame.name}.jpg', picture)
         return
     if frame.video not in videos:
         videos[frame.video] = cv2.VideoWriter(
@@ -275,8 +280,9 @@ def main(args: argparse.Namespace) -> None:
         picture = draw(inferencer, frame.image, sample, args.score_thr)
         write_picture(out_dir, frame, picture, videos, stack)
         if hasattr(sample, 'pred_sem_seg'):
-            labels = sample.pred_sem_seg.data[0].numpy().astype(np.uint8)
-            cv2.imwrite(str(out_dir / f'{frame.name}_labels.png'), labels)
+            labels = sample.pred_sem_seg.data[0].numpy()
+            labels = labels.astype(np.min_scalar_type(labels.max()))  # 8 or 16 bit
+            _write(out_dir / f'{frame.name}_labels.png', labels)
         if args.kernels:
             figure = draw_kernels(look(inferencer, frame.image))
             figure.savefig(out_dir / f'{frame.name}_kernels.png', dpi=110)

@@ -94,16 +94,12 @@ class View:
         return int(column), int(row)
 
     def stride(self, layer: LayerKernels) -> tuple[float, float]:
-        """Pixels of ``image`` per column and row of a layer's output.
+        """Pixels of ``image`` per column and row of a layer's output, a power of two.
 
-        Feature maps of sizes that a stride does not divide are rounded up; strides are
-        taken for powers of two there.
+        Feature maps of sizes that a stride does not divide are rounded up.
         """
         sizes = zip(self.image.shape[1::-1], layer.kernels.shape[:2:-1], strict=True)
-        return tuple(
-            size / out if size % out == 0 else 2 ** math.ceil(math.log2(size / out))
-            for size, out in sizes
-        )
+        return tuple(2.0 ** math.ceil(math.log2(size / out)) for size, out in sizes)
 
 
 def involutions(inferencer: Any) -> list[str]:
