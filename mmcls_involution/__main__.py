@@ -13,6 +13,8 @@ from mmcls_involution import compat
 COMMANDS = {
     'train': ('engine.train', 'train the model of a config'),
     'test': ('engine.test', 'test a checkpoint: metrics, predictions, pictures'),
+    'infer': ('apis.infer', 'run a model on images and videos'),
+    'kernels': ('apis.vis_kernels', 'draw the kernels that a model generates'),
     'check': ('data.report', 'the data of a config: what would spoil its training'),
     'flops': ('flops', 'parameters and FLOPs of a config'),
     'reproduce': (

@@ -221,15 +221,9 @@ class Involution2d(nn.Module):
             # which module the input of a norm layer comes.
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy('call_module', path, (x,), {})
-        options = dict(
-            stride=self.stride,
-            padding=self.dilation * (self.kernel_size - 1) // 2,
-            dilation=self.dilation,
-            backend=self.backend,
-        )
+        options = self._options()
         if 'query' in GENERATORS[self.generator]:
-            weight = self._relate(x, options)
-            return involution2d(self.value(x), weight, **options)
+            return involution2d(self.value(x), self.kernels(x), **options)
         reduced = self.conv1(self.avgpool(x))
         span = self._plain_span()
         if span is not None:
@@ -240,6 +234,34 @@ class Involution2d(nn.Module):
                 **options,
             )
         return involution2d(x, self._unflatten(self.conv2(reduced)), **options)
+
+    def kernels(self, x: Tensor) -> Tensor:
+        """The kernels that ``x`` generates, all of them at once.
+
+        :meth:`forward` need not store them: where it is fused, it makes the same ones
+        tile by tile.
+
+        Args:
+            x (Tensor): Input, ``[N, channels, H, W]``.
+
+        Returns:
+            Tensor: ``[N, G, K, K, ceil(H / stride), ceil(W / stride)]``, with G groups
+            of channels: row ``u`` and column ``v`` of the kernel of an output pixel
+            weigh the input pixel that lies ``(u - K // 2) * dilation`` rows below and
+            ``(v - K // 2) * dilation`` columns right of ``stride`` times its place.
+        """
+        if 'query' in GENERATORS[self.generator]:
+            return self._relate(x, self._options())
+        return self._unflatten(self.conv2(self.conv1(self.avgpool(x))))
+
+    def _options(self) -> dict:
+        """What `involution2d` takes besides input and kernels."""
+        return dict(
+            stride=self.stride,
+            padding=self.dilation * (self.kernel_size - 1) // 2,
+            dilation=self.dilation,
+            backend=self.backend,
+        )
 
     def _plain_span(self) -> nn.Conv2d | None:
         """What spans the kernels, where nothing has replaced it or watches its calls.

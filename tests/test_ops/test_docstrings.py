@@ -4,11 +4,13 @@ import doctest
 
 import pytest
 
-from mmcls_involution.ops import functional, fused, modules
+from mmcls_involution.ops import functional, fused, kernels, modules, swap
 
 
 @pytest.mark.parametrize(
-    'module', [functional, fused, modules], ids=lambda module: module.__name__
+    'module',
+    [functional, fused, kernels, modules, swap],
+    ids=lambda module: module.__name__,
 )
 def test_examples(module):
     found = doctest.testmod(module)

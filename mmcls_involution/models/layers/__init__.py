@@ -1,3 +1,3 @@
-from .involution import Involution2d
+from .involution import Involution2d, InvolutionConv
 
-__all__ = ['Involution2d']
+__all__ = ['Involution2d', 'InvolutionConv']

@@ -6,6 +6,7 @@ from typing import Any
 
 from mmcv.cnn import build_activation_layer, build_norm_layer
 from mmengine.registry import MODELS
+from torch import nn
 
 from mmcls_involution import ops
 
@@ -46,3 +47,53 @@ class Involution2d(ops.Involution2d):
         """
         if self.init != 'official':
             self.reset_parameters()
+
+
+class InvolutionConv(ops.InvolutionConv):
+    """:class:`mmcls_involution.ops.InvolutionConv` around the involution of configs."""
+
+    involution_type = Involution2d
+
+    def init_weights(self) -> None:
+        """See :meth:`Involution2d.init_weights`."""
+        self.involution.init_weights()
+
+
+@MODELS.register_module('InvolutionConv')
+def involution_or_conv(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, int],
+    *args: Any,
+    involution_cfg: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """What ``conv_cfg=dict(type='InvolutionConv', involution_cfg=...)`` builds.
+
+    Args:
+        in_channels (int): Number of input channels.
+        out_channels (int): Number of output channels.
+        kernel_size (int | tuple[int, int]): Side of the kernel in pixels.
+        *args: Further arguments of a convolution.
+        involution_cfg (dict, optional): Arguments of :class:`Involution2d`, but for
+            channels, stride and dilation. ``init='identity'`` is lost where MMEngine's
+            initialization passes the layer over, inside an ``nn.ModuleList`` such as
+            RetinaHead's. Defaults to None: its defaults, and the kernel size of the
+            convolution.
+        **kwargs: Further arguments of a convolution.
+
+    Returns:
+        nn.Module: A convolution if it is 1x1 or has groups, as inside a bottleneck or
+        a depthwise separable convolution; an :class:`InvolutionConv` otherwise.
+
+    Raises:
+        ValueError: If an involution cannot stand in for the convolution.
+    """
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, *args, **kwargs)
+    if conv.kernel_size == (1, 1) or conv.groups > 1:
+        return conv
+    return InvolutionConv(
+        *(in_channels, out_channels, kernel_size, *args),
+        involution_cfg=involution_cfg,
+        **kwargs,
+    )
