@@ -598,6 +598,34 @@ void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t re
   else for_blocks<2, 1>(ceil_div(count, N), vectors);
 }
 
+// Zero for taps outside the image, of kernels or their gradient as [taps][stride] pixels: a
+// tap that meets no pixel has no part in anything, were its value infinite.
+template <class A>
+void clear_outside(const Problem &p, const Tile &tile, int64_t row, int64_t rows,
+                   int64_t stride, A *kernels) {
+  const int64_t columns = tile.columns();
+  const Area area = tile.input(p, 0);
+  if (area.top >= 0 && area.top + area.rows <= p.input[0] && area.left >= 0 &&
+      area.left + area.columns <= p.input[1])
+    return;
+  for (int64_t v = 0; v < p.kernel[1]; ++v) {
+    const int64_t x = area.left + v * p.dilation[1], step = p.stride[1];
+    const int64_t begin = min(ceil_div(max(-x, 0), step), columns);
+    const int64_t end = max(min(ceil_div(max(p.input[1] - x, 0), step), columns), begin);
+    for (int64_t u = 0; u < p.kernel[0]; ++u) {
+      A *to = kernels + (u * p.kernel[1] + v) * stride;
+      for (int64_t i = 0; i < rows; ++i, to += columns) {
+        const int64_t y = (row + i) * p.stride[0] - p.padding[0] + u * p.dilation[0];
+        if (y < 0 || y >= p.input[0]) zero(to, columns);
+        else {
+          zero(to, begin);
+          zero(to + end, columns - end);
+        }
+      }
+    }
+  }
+}
+
 template <class T>
 bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
              Scratch<Accumulation<T>> &s) {
@@ -623,6 +651,7 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     if (p.reduced)
       generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
     else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
+    clear_outside(p, tile, row, rows, stride, s.kernels.data);
     const int64_t at = row * p.output[1] + tile.column;
     T *out = channels_of(tile, p, p.output, tensors.out);
     const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
@@ -697,6 +726,7 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                              load<n()>(s.sum.data + t * n()), lanes);
       });
     }
+    clear_outside(p, tile, row, rows, stride, s.kernels.data);
     // Longer runs than a vector, for the sake of the memory.
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t i = 0; i < rows; ++i)
