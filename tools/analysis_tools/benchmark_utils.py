@@ -147,4 +147,3 @@ def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    console.print(f'Written: {path}')

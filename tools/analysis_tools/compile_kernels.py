@@ -166,6 +166,7 @@ def main() -> None:
         )
     print_table('Triton kernels, compiled ahead of time', rows)
     write_csv(args.out, rows)
+    console.print(f'Written: {args.out}')
 
 
 if __name__ == '__main__':
