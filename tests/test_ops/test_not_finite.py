@@ -26,7 +26,7 @@ case = pytest.mark.parametrize('problem', CASES.values(), ids=CASES)
 place = pytest.mark.parametrize(
     'place',
     [
-        *(runnable(*place) for place in PLACES if place != ('triton', 'cpu')),
+        *(runnable(*place) for place in PLACES),
         # Where there is no GPU its functions run in Triton's interpreter.
         *(['interpreter'] if ('triton', 'cuda') not in PLACES else []),
     ],
@@ -76,7 +76,7 @@ def test_involution(kernels, problem, spoilt):
     assert_same(kernels.grad_weight(grad, input, weight.shape, *arguments), grad_weight)
 
 
-@place
+@pytest.mark.parametrize('place', [runnable(*place) for place in PLACES])
 @case
 @pytest.mark.parametrize('spoilt', range(5))
 def test_fused_involution(kernels, place, problem, spoilt, monkeypatch):
@@ -85,16 +85,8 @@ def test_fused_involution(kernels, place, problem, spoilt, monkeypatch):
     spoil([*tensors, grad][spoilt])
     right = two_steps(*tensors, **options)
     right = [right, *torch.autograd.grad(right, tensors, grad)]
-    if place == 'interpreter':
-        tensors = [t.detach() for t in tensors]
-        arguments = [pair(value) for value in options.values()]
-        ours = [
-            kernels.fused_forward(*tensors, *arguments),
-            *kernels.fused_backward(grad, *tensors, *arguments, (True,) * 4),
-        ]
-    else:
-        set_tiles(monkeypatch, 1)  # of one row
-        out = fused(*tensors, **options, backend=place[0])
-        ours = [out, *torch.autograd.grad(out, tensors, grad)]
+    set_tiles(monkeypatch, 1)  # of one row
+    out = fused(*tensors, **options, backend=place[0])
+    ours = [out, *torch.autograd.grad(out, tensors, grad)]
     for our, their in zip(ours, right, strict=True):
         assert_same(our, their)
