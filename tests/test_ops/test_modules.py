@@ -292,7 +292,6 @@ def test_generated_kernels_are_those_of_the_convolution(bias):
     torch.testing.assert_close(ours, conv(reduced))
 
 
-@pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('stride', [1, 2])
 @every_generator
 def test_flops_are_those_of_the_formula(generator, stride):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mmcls_involution.console import console, progress
+from mmcls_involution.console import progress
 
 
 def synchronize(device: str) -> None:
