@@ -148,7 +148,9 @@ def spanned_involution2d(
         kernels = F.conv2d(reduced, weight, bias)
     else:
         # Contiguous, whatever the memory format of the reduced map: what Triton's
-        # kernels read, which would copy a convolution's output in each pass.
-        kernels = generate(reduced, weight, bias).unflatten(2, reduced.shape[2:])
+        # kernels read, which would copy a convolution's output in each pass. Autocast
+        # would cast the weight once for each image.
+        tensors = registration.as_autocast(reduced, weight, bias)
+        kernels = generate(*tensors).unflatten(2, reduced.shape[2:])
     kernels = kernels.unflatten(1, (-1, kernel_size, kernel_size))
     return involution2d(input, kernels, **options)

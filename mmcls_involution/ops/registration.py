@@ -155,7 +155,7 @@ grad_of_weight = transformable(_grad_of_weight, _save_two, _grad_weight_backward
 def involution2d(input: Tensor, weight: Tensor, *arguments) -> Tensor:
     if not active():
         return _involution2d(input, weight, *arguments)
-    input, weight = _autocast(input, weight)
+    input, weight = as_autocast(input, weight)
     # The operator's own check would see the batches that vmap makes one of.
     check_involution(input, weight, *arguments[:3])
     return _transformed(input, weight, *arguments)
@@ -191,8 +191,8 @@ def _register_autocast(name: str, operator: Callable, tensors: int) -> None:
         _library.impl(name, cast_and_call, f'Autocast{device.upper()}')
 
 
-def _autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
-    """The same for a transform, which has to see the cast."""
+def as_autocast(*tensors: Tensor | None) -> Sequence[Tensor | None]:
+    """The same where it has to come before the operator. For no autocast, nothing."""
     device = tensors[0].device.type
     if device in AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         return _cast(device, tensors)
@@ -356,7 +356,7 @@ def fused_involution2d(
     tensors = (input, reduced, weight, bias)
     if not active():
         return _fused_involution2d(*tensors, *arguments)
-    tensors = _autocast(*tensors)
+    tensors = as_autocast(*tensors)
     check_fused(*tensors, *arguments[:4])
     return _two_steps(*tensors, *arguments)
 

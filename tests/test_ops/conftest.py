@@ -23,15 +23,11 @@ def one_candidate(monkeypatch):
     """The tuner gets one, on a GPU: each would be compiled for every test's sizes."""
     if not torch.cuda.is_available():
         return
-    from mmcls_involution.ops.backends.triton_kernels import fused_kernels, kernels
+    from mmcls_involution.ops.backends.triton_kernels import kernels
 
     def first(*arguments, **constants):
         return kernels._candidates(*arguments, **constants)[:1]
 
-    for tuner in (
-        *(kernels.forward, kernels.grad_input, kernels.grad_weight),
-        *(fused_kernels.fused_forward, fused_kernels.fused_grad_input),
-        fused_kernels.fused_grad_generator,
-    ):
+    for tuner in (kernels.forward, kernels.grad_input, kernels.grad_weight):
         monkeypatch.setattr(tuner, 'early_config_prune', first)
         monkeypatch.setattr(tuner, 'cache_results', False)

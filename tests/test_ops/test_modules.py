@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mmcls_involution.ops import Involution2d, involution2d
 from mmcls_involution.ops import fused as fused_form
+from mmcls_involution.ops.backends.tiled import generate
 
 GENERATORS = ['bottleneck', 'linear', 'dot_product', 'attention']
 every_generator = pytest.mark.parametrize('generator', GENERATORS)
@@ -261,6 +262,34 @@ def test_quantization_observes_the_span():
     highest = F.conv2d(module.conv1(x), *module.conv2.conv.parameters()).max()
     observer = module.conv2.conv.activation_post_process
     torch.testing.assert_close(observer.max_val, highest)
+
+
+@pytest.mark.parametrize('generator', ['bottleneck', 'linear'])
+def test_kernels_are_contiguous_where_triton_reads_them(generator, monkeypatch):
+    """In a channels_last network too; the meta device stands for a GPU."""
+    weights = []
+
+    def spy(x, weight, **options):
+        weights.append(weight)
+        return x
+
+    monkeypatch.setattr(fused_form, 'involution2d', spy)
+    module = Involution2d(32, 3, generator=generator, fused=False)
+    x = torch.rand(2, 32, 5, 6).contiguous(memory_format=torch.channels_last)
+    module(x)
+    assert not weights[0].is_contiguous()  # what the C++ kernels read as it lies
+    module.to('meta')(x.to('meta'))
+    assert weights[1].shape == weights[0].shape
+    assert weights[1].is_contiguous()
+
+
+@pytest.mark.parametrize('bias', [False, True])
+def test_generated_kernels_are_those_of_the_convolution(bias):
+    reduced = torch.rand(2, 8, 5, 6, dtype=torch.double)
+    reduced = reduced.contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(8, 18, 1, bias=bias).double()
+    ours = generate(reduced, conv.weight, conv.bias).unflatten(2, (5, 6))
+    torch.testing.assert_close(ours, conv(reduced))
 
 
 @pytest.mark.parametrize('stride', [1, 2])

@@ -140,6 +140,7 @@ def main() -> None:
     precision = 'bf16 autocast' if args.amp else 'fp32'
     print_table(f'RedNet-{args.depth} against ResNet-{args.depth}, {precision}', rows)
     write_csv(args.out, rows)
+    console.print(f'Written: {args.out}')
 
 
 if __name__ == '__main__':

@@ -284,6 +284,8 @@ def main() -> None:
                 | dict(floor_ms=floor)
                 for name, figures in (plain | spanned).items()
             ]
+            # Now, not at the end: what comes next may not fit into memory.
+            write_csv(args.out, records)
         given, spans, memory = [], [], []
         for shape, plain, spanned, floor in measured:
             given.append(table_row(shape, plain, 'forward_ms', 'backward_ms'))
@@ -307,7 +309,7 @@ def main() -> None:
             'times faster, geometric mean over the shapes',
             [row for row in summary if first in row],
         )
-    write_csv(args.out, records)
+    console.print(f'Written: {args.out}')
 
 
 if __name__ == '__main__':

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mmcls_involution.console import console, progress
+from mmcls_involution.console import progress
 
 
 def synchronize(device: str) -> None:
@@ -147,4 +147,3 @@ def write_csv(path: Path, rows: Iterable[dict[str, object]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    console.print(f'Written: {path}')

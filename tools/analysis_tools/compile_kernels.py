@@ -4,7 +4,15 @@
 
 Needs Triton and no GPU: every kernel at the involutions of RedNet, in every precision
 and memory format, for each architecture; registers of a thread, bytes that it spills to
-memory, shared memory of a program, as the assembler reports them.
+memory, shared memory of a program, as the assembler reports them. And counted in the
+disassembly, for groups of up to 16 channels:
+
+- instructions: that a warp issues, loops times their trips;
+- waits: for loads of which none had been issued when it waited for the ones before, so
+  each of them is as long as the memory's latency;
+- x floor: the time in which the GPU can issue all instructions, over the time in which
+  its memory can move input, kernels and output once. Below 1 the memory binds, if
+  enough warps hide the waits.
 """
 
 from __future__ import annotations
@@ -15,21 +23,27 @@ import io
 import itertools
 import os
 import re
+import subprocess
+import tempfile
 from pathlib import Path
 
+import torch
 from benchmark_utils import write_csv
 
-from mmcls_involution.console import print_table, progress
-from mmcls_involution.ops.backends.triton_kernels import block_channels, span_blocks
+from mmcls_involution.console import console, print_table, progress
+from mmcls_involution.ops.backends.triton_kernels import block_channels
 
-NAMES = (
-    *('forward', 'grad_input', 'grad_weight'),
-    *('fused_forward', 'fused_grad_input', 'fused_grad_generator'),
-)
-DTYPES = ('fp32', 'fp16', 'bf16')
+NAMES = ('forward', 'grad_input', 'grad_weight')
+TORCH_DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+DTYPES = tuple(TORCH_DTYPES)
 # Kernel size and stride: of the stem, of the blocks, of the first block of a stage.
 INVOLUTIONS = ((3, 1), (7, 1), (7, 2))
-REDUCED = 32  # channels that the fused kernel spans kernels from, as in stage 2
+# Of what has that capability: multiprocessors, clock in Hz, memory in bytes per second.
+GPUS = {
+    80: (108, 1.41e9, 2.04e12),  # A100, 80 GB
+    90: (132, 1.755e9, 3.35e12),  # H100 SXM
+    120: (170, 2.41e9, 1.79e12),  # RTX 5090
+}
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,7 +54,8 @@ def parse_args() -> argparse.Namespace:
         '--architecture',
         type=int,
         nargs='+',
-        default=[80, 90],
+        default=[80, 90, 120],
+        choices=GPUS,
         help='compute capability times ten (default: %(default)s)',
     )
     parser.add_argument(
@@ -57,9 +72,77 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def disassemble(cubin: bytes) -> list[tuple[str, int]]:
+    """Instructions and the words that hold their control bits; labels with None."""
+    import triton
+
+    folder = Path(triton.__file__).parent / 'backends' / 'nvidia' / 'bin'
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [folder / 'nvdisasm', '-c', '-hex', file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    # An address, an instruction and half of its code; the other half is on a line of
+    # its own.
+    pattern = (
+        r'(\.L_x_\d+):|/\*[0-9a-f]{4,}\*/ +(.*?) *;? */\* 0x.*\n.*/\* (0x[0-9a-f]+)'
+    )
+    return [
+        (label, None) if label else (instruction, int(word, 16))
+        for label, instruction, word in re.findall(pattern, text)
+    ]
+
+
+def count(cubin: bytes, trips: int) -> tuple[int, int]:
+    """Instructions that a warp issues, and its waits in a row; loops make `trips`."""
+    code = disassemble(cubin)
+    last = max(i for i, (text, _) in enumerate(code) if 'EXIT' in text)
+    labels = {text: i for i, (text, word) in enumerate(code) if word is None}
+    times = [0 if word is None else 1 for _, word in code[: last + 1]]
+    for i, (text, word) in enumerate(code[: last + 1]):
+        target = re.search(r'\bBRA\b.*`\((\.L_x_\d+)\)', text)
+        if word is not None and target and labels[target[1]] < i:
+            for j in range(labels[target[1]], i + 1):
+                times[j] *= trips
+    waits, last_wait = 0, 0
+    loads: dict[int, int] = {}  # barrier -> how many waits there were before the load
+    for (text, word), weight in zip(code, times, strict=False):
+        if word is None:
+            continue
+        barrier, mask = word >> 46 & 7, word >> 52 & 63
+        for waited in [b for b in loads if mask >> b & 1]:
+            if loads.pop(waited) == last_wait:
+                last_wait += 1
+                waits += weight
+        if re.search(r'\bLDG\b', text) and barrier < 6:
+            loads[barrier] = last_wait
+    return sum(times), waits
+
+
+def times_floor(
+    name: str, instructions: int, constants: dict, dtype: str, warps: int, gpu: int
+) -> float:
+    """Time to issue over time to move the bytes, of a program."""
+    processors, clock, bandwidth = GPUS[gpu]
+    channels, taps = constants['GROUP_CHANNELS'], constants['KH'] * constants['KW']
+    steps = constants['SH'] * constants['SW']
+    values = channels * steps + taps + channels  # for each output pixel
+    if name == 'grad_input':  # whose lanes are input pixels
+        values /= steps
+    pixels = constants['ROWS'] * constants['BLOCK_P']
+    size = 4 if dtype == 'fp32' else 2
+    # Four schedulers of a multiprocessor issue one instruction each in a cycle.
+    issue = instructions * warps / (4 * processors * clock)
+    return issue / (pixels * values * size / bandwidth)
+
+
 def compile_kernel(
     kernel: object, constants: dict, dtype: str, config: object, architecture: int
-) -> dict[str, int]:
+) -> dict[str, int | float]:
     """Compile a tuned kernel with one of its configs."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -67,20 +150,14 @@ def compile_kernel(
 
     function = kernel.fn
     constants = {**constants, **config.kwargs}
-    pointers = dict.fromkeys(
-        ('input', 'reduced', 'weight', 'bias', 'grad', 'output', 'scratch'),
-        f'*{dtype}',
-    )
-    if 'grad_reduced' in function.arg_names:  # sums over the groups and the pixels
-        sums = ('grad_reduced', 'grad_weight', 'grad_bias')
-        pointers.update(dict.fromkeys(sums, '*fp32'))
+    pointers = dict.fromkeys(('input', 'weight', 'grad', 'output'), f'*{dtype}')
     signature, aligned = {}, {}
     for i, name in enumerate(function.arg_names):
         if name in constants:
             signature[name] = 'constexpr'
         else:
             signature[name] = pointers.get(name, 'i32')
-        if name in (*pointers, 'channels', 'reduced_channels'):
+        if name in (*pointers, 'channels'):
             aligned[(i,)] = [['tt.divisibility', 16]]
     constants = {name: constants[name] for name in signature if name in constants}
     log = io.StringIO()
@@ -101,11 +178,27 @@ def compile_kernel(
             f'triton {triton.__version__} passes on no report of the assembler; '
             '3.6 and newer do: pip install --upgrade triton'
         )
-    return {
+    figures = {
         'registers': int(registers[1]),
         'spilled bytes': sum(map(int, re.findall(r'(\d+) bytes spill', report))),
         'shared bytes': compiled.metadata.shared,
     }
+    name, group_channels = function.__name__, constants['GROUP_CHANNELS']
+    counted = {'instructions': '', 'waits': '', 'x floor': ''}
+    if group_channels <= constants['BLOCK_C']:  # others have loops in loops
+        trips = constants['KW']
+        if name == 'grad_input':
+            trips = -(-trips // constants['SW'])
+        instructions, waits = count(compiled.asm['cubin'], trips)
+        ratio = times_floor(
+            *(name, instructions, constants, dtype, config.num_warps, architecture)
+        )
+        counted = {
+            'instructions': instructions,
+            'waits': waits,
+            'x floor': round(ratio, 2),
+        }
+    return {**figures, **counted}
 
 
 def main() -> None:
@@ -114,20 +207,20 @@ def main() -> None:
     # The report is the assembler's; a kernel from the cache has none.
     os.environ.update(TRITON_DUMP_PTXAS_LOG='1', TRITON_ALWAYS_COMPILE='1')
     try:
-        from mmcls_involution.ops.backends.triton_kernels import fused_kernels, kernels
+        from mmcls_involution.ops.backends.triton_kernels import kernels
     except ImportError as error:
         raise SystemExit(f'needs Triton ({error}): pip install triton') from None
 
-    def fused(name: str) -> bool:
-        return name.startswith('fused')
-
-    def kernel(name: str) -> object:
-        return getattr(fused_kernels if fused(name) else kernels, name)
-
-    def configs(name: str, channels_last: bool) -> list:
-        if fused(name) and not channels_last:
-            return []  # they convert their pixels
-        return kernel(name).configs[: 1 if args.quick else None]
+    def configs(name: str, dtype: str, channels_last: bool) -> list:
+        tuner = getattr(kernels, name)
+        tensor = torch.empty(0, dtype=TORCH_DTYPES[dtype])
+        candidates = kernels._candidates(
+            tuner.configs,
+            dict.fromkeys(tuner.arg_names, tensor),
+            CHANNELS_LAST=channels_last,
+            DH=1,
+        )
+        return candidates[: 1 if args.quick else None]
 
     dtypes, involutions = DTYPES, INVOLUTIONS
     if args.quick:
@@ -137,7 +230,7 @@ def main() -> None:
         for problem in itertools.product(
             args.architecture, NAMES, dtypes, (False, True), involutions
         )
-        for config in configs(problem[1], problem[3])
+        for config in configs(*problem[1:4])
     ]
     rows = []
     for architecture, name, dtype, channels_last, (size, stride), config in progress(
@@ -147,7 +240,6 @@ def main() -> None:
             **dict.fromkeys(('KH', 'KW'), size),
             **dict.fromkeys(('SH', 'SW'), stride),
             **dict.fromkeys(('DH', 'DW', 'GCD_H', 'GCD_W'), 1),
-            **span_blocks((size, size), REDUCED),
             GROUP_CHANNELS=args.group_channels,
             BLOCK_C=block_channels(args.group_channels),
             CHANNELS_LAST=channels_last,
@@ -161,11 +253,14 @@ def main() -> None:
                 'involution': f'K{size} s{stride}',
                 'blocks': '{ROWS} x {BLOCK_P}'.format(**config.kwargs),
                 'warps': config.num_warps,
-                **compile_kernel(kernel(name), constants, dtype, config, architecture),
+                **compile_kernel(
+                    getattr(kernels, name), constants, dtype, config, architecture
+                ),
             }
         )
     print_table('Triton kernels, compiled ahead of time', rows)
     write_csv(args.out, rows)
+    console.print(f'Written: {args.out}')
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ and never chosen unless named.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,6 +21,12 @@ def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
     return columns.view(n, g, c // g, kh, kw, ho, wo)
 
 
+def _outside(input: Tensor, weight: Tensor, *arguments) -> Tensor:
+    """Which taps are outside the image: [1, 1, Kh, Kw, Ho, Wo]."""
+    image = torch.ones_like(input[:1, :1])
+    return _unfold(image, weight[:1, :1], *arguments)[:, :, 0] == 0
+
+
 def supports(problem: Problem) -> None:
     """Everything."""
 
@@ -27,7 +34,13 @@ def supports(problem: Problem) -> None:
 def forward(
     input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
-    """Algorithm 1 of arXiv 2103.06255; arguments as in :func:`involution2d`."""
+    """Algorithm 1 of arXiv 2103.06255; arguments as in :func:`involution2d`.
+
+    But for taps outside the image, which add nothing: there the paper's zero padding
+    times an infinite kernel value would be NaN.
+    """
+    arguments = (stride, padding, dilation)
+    weight = weight.masked_fill(_outside(input, weight, *arguments), 0)
     columns = _unfold(input, weight, stride, padding, dilation)
     return (columns * weight.unsqueeze(2)).sum((3, 4)).flatten(1, 2)
 
@@ -56,7 +69,8 @@ def grad_weight(
     dilation: Pair,
 ) -> Tensor:
     """Gradient of :func:`forward` in ``weight``, of shape ``weight_shape``."""
-    columns = _unfold(input, grad.new_empty(weight_shape), stride, padding, dilation)
-    g = weight_shape[1]
+    arguments = (stride, padding, dilation)
+    out = grad.new_empty(weight_shape)
+    columns, g = _unfold(input, out, *arguments), weight_shape[1]
     grad = grad.unflatten(1, (g, grad.size(1) // g))[:, :, :, None, None]
-    return (columns * grad).sum(2)
+    return (columns * grad).sum(2).masked_fill(_outside(input, out, *arguments), 0)

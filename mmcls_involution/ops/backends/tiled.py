@@ -56,6 +56,23 @@ class Tile:
         window[:, :, inside.start - top : inside.stop - top] = source
         return window
 
+    def clear_outside(self, kernels: Tensor, height: int, stride: Pair, dilation: Pair):
+        """Zero what meets rows of the window outside the image.
+
+        ``kernels`` [n, G, Kh, Kw, h, w], or their gradient. To a backend these rows are
+        part of the image, and zeros of the window times infinite kernels are NaN.
+        """
+        top, bottom = self.window
+        if top >= 0 and bottom <= height:
+            return
+        rows = kernels.shape[4]
+        for u in range(kernels.shape[2]):
+            first = top + u * dilation[0]
+            begin = min(max(0, -(first // stride[0])), rows)
+            end = min(max(begin, -((first - height) // stride[0])), rows)
+            kernels[:, :, u, :, :begin] = 0
+            kernels[:, :, u, :, end:] = 0
+
 
 def _tiles(
     kernels_shape: Shape, input: Tensor, stride: Pair, padding: Pair, dilation: Pair
@@ -111,12 +128,13 @@ def forward(
     )
     for tile in _tiles(kernels_shape, input, stride, padding, dilation):
         part = reduced[tile.images, :, tile.rows]
-        generated = generate(part, weight, bias)
         shape = (len(part), *kernels_shape[1:4], *part.shape[2:])
+        generated = generate(part, weight, bias).view(shape)
+        tile.clear_outside(generated, input.shape[2], stride, dilation)
         window, arguments = tile.cut(input), (stride, tile.padding, dilation)
         problem = Problem.of('forward', window, window.shape, shape, *arguments)
         out[tile.images, :, tile.rows] = choose(backend, problem).forward(
-            window, generated.view(shape), *arguments
+            window, generated, *arguments
         )
     return out
 
@@ -172,6 +190,7 @@ def backward(
             result = choose(backend, problem).grad_weight(
                 grad_part, window, shape, *arguments
             )
+            tile.clear_outside(result, height, stride, dilation)
             result = result.flatten(1, 3).flatten(2)
             if grad_reduced is not None:
                 pixels = torch.matmul(matrix.t(), result)

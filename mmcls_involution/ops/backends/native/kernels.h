@@ -598,6 +598,64 @@ void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t re
   else for_blocks<2, 1>(ceil_div(count, N), vectors);
 }
 
+// Whether all is finite of `count` values, `step` apart for each of the columns of rows.
+template <class A>
+bool finite(const A *from, int64_t rows, int64_t row_step, int64_t columns, int64_t step,
+            int64_t count) {
+  if (step == count && row_step == columns * count) {  // one long run
+    count *= rows * columns;
+    rows = columns = 1;
+  }
+  constexpr int N = kLanes<A>, kSums = 4;  // that do not wait for each other
+  Vector<A, N> sum[kSums] = {};  // NaN as soon as anything is not finite
+  A rest = 0;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t q = 0; q < columns; ++q) {
+      const A *at = from + r * row_step + q * step;
+      int64_t i = 0;
+      for (; i + kSums * N <= count; i += kSums * N)
+        for (int k = 0; k < kSums; ++k) sum[k] += load<N>(at + i + k * N) * A(0);
+      for (; i + N <= count; i += N) sum[q % kSums] += load<N>(at + i) * A(0);
+      for (; i < count; ++i) rest += at[i] * A(0);
+    }
+  A lanes[N];
+  for (int k = 0; k < kSums; ++k) {
+    store<N>(lanes, sum[k]);
+    for (int i = 0; i < N; ++i) rest += lanes[i];
+  }
+  return rest == 0;
+}
+
+// Zero for taps outside the image, of kernels or their gradient as [taps][stride] pixels: a
+// tap that meets no pixel has no part in anything, were its value infinite, and zeros of the
+// scratch times infinities are NaN. Returns whether there is such a tap.
+template <class A>
+bool clear_outside(const Problem &p, const Tile &tile, int64_t row, int64_t rows,
+                   int64_t stride, A *kernels) {
+  const int64_t columns = tile.columns();
+  const Area area = tile.input(p, 0);
+  if (area.top >= 0 && area.top + area.rows <= p.input[0] && area.left >= 0 &&
+      area.left + area.columns <= p.input[1])
+    return false;
+  for (int64_t v = 0; v < p.kernel[1]; ++v) {
+    const int64_t x = area.left + v * p.dilation[1], step = p.stride[1];
+    const int64_t begin = min(ceil_div(max(-x, 0), step), columns);
+    const int64_t end = max(min(ceil_div(max(p.input[1] - x, 0), step), columns), begin);
+    for (int64_t u = 0; u < p.kernel[0]; ++u) {
+      A *to = kernels + (u * p.kernel[1] + v) * stride;
+      for (int64_t i = 0; i < rows; ++i, to += columns) {
+        const int64_t y = (row + i) * p.stride[0] - p.padding[0] + u * p.dilation[0];
+        if (y < 0 || y >= p.input[0]) zero(to, columns);
+        else {
+          zero(to, begin);
+          zero(to + end, columns - end);
+        }
+      }
+    }
+  }
+  return true;
+}
+
 template <class T>
 bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
              Scratch<Accumulation<T>> &s) {
@@ -625,10 +683,17 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
     const int64_t at = row * p.output[1] + tile.column;
     T *out = channels_of(tile, p, p.output, tensors.out);
-    const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
+    const auto sum_once = [&](A *to, int64_t to_row, int64_t to_column) {
       sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
                  p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
                  channels, s, to, to_row, to_column);
+    };
+    // Clearing the kernels beforehand would take as long as some of the taps.
+    const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
+      sum_once(to, to_row, to_column);
+      if (!finite(to, rows, to_row, columns, to_column, channels) &&
+          clear_outside(p, tile, row, rows, stride, s.kernels.data))
+        sum_once(to, to_row, to_column);
     };
     if constexpr (std::is_same<T, A>::value)
       if (p.channels_last && columns >= kPixels && channels >= kLanes<A>) {
@@ -676,6 +741,7 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   T *out = tensors.out + (tile.image * p.groups + tile.group) * taps * plane;
   for (int64_t row = tile.row; row < tile.row_end; row += step) {
     const int64_t rows = min(step, tile.row_end - row);
+    bool all_finite = true;
     for (int64_t i = 0; i < rows; ++i) {
       const A *source = s.planes.buffer.data +
                         (row + i - tile.row) * p.stride[0] * s.planes.row_length;
@@ -685,6 +751,7 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       else
         for (int64_t c = 0; c < channels; ++c)
           copy<A>(grad + c * plane + at, columns, s.grad.data + c * reach);
+      all_finite &= finite(s.grad.data, 1, 0, channels, reach, columns);
       for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
         constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
         for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
@@ -697,6 +764,7 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                              load<n()>(s.sum.data + t * n()), lanes);
       });
     }
+    if (!all_finite) clear_outside(p, tile, row, rows, stride, s.kernels.data);
     // Longer runs than a vector, for the sake of the memory.
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t i = 0; i < rows; ++i)

@@ -32,12 +32,6 @@ MOST_PIXELS = 2**31 - 2**16
 # So are the values from the first to the last pixel that a lane reads. More rows than
 # a lane has in any of the kernels' blocks.
 MOST_REACH, MOST_ROWS = 2**31 - 1, 8
-# Of a fused kernel: a thread holds that many values for each row of a lane.
-MOST_TAPS = 64
-# Of the fused gradients: more, and generating a value costs more than reading it.
-MOST_REDUCED = 32
-# That share the sums of the generator's gradient, each of this many pixels or more.
-MOST_PROGRAMS, LEAST_SHARE = 512, 256
 
 
 class _NotNow(Exception):
@@ -117,10 +111,7 @@ def _try_out(device: torch.device) -> str | None:
 
 
 def supports(problem: Problem) -> str | None:
-    """What fits 32-bit numbers, on GPUs; fused, what registers hold. No fused float64.
-
-    A fused backward pass has to span from few channels besides.
-    """
+    """What fits 32-bit numbers, on GPUs that have been tried out."""
     if problem.device != 'cuda':
         return 'the Triton kernels run on NVIDIA GPUs alone'
     try:
@@ -141,8 +132,7 @@ def _beyond_limits(problem: Problem) -> str | None:
             f'{batch} images of {size[0]}x{size[1]} and {out_size[0]}x{out_size[1]} '
             "kernels for each; split the batch or use backend 'tap_sum'"
         )
-    fused = problem.operation.startswith('fused')
-    step = max(channels, problem.reduced) if fused or problem.channels_last else 1
+    step = channels if problem.channels_last else 1
     rows = kh * problem.dilation[0] + MOST_ROWS * problem.stride[0]
     width = max(size[1], out_size[1])
     reach = (rows * width + kw * problem.dilation[1]) * step
@@ -151,17 +141,6 @@ def _beyond_limits(problem: Problem) -> str | None:
             f'the Triton kernels of involution take windows of at most {MOST_REACH} '
             f'values, got {rows} rows of {width} pixels of {step}; use less dilation '
             "or backend 'tap_sum'"
-        )
-    if not fused:
-        return None
-    if problem.dtype == torch.float64:
-        return 'the fused Triton kernels do not compute in float64'
-    if kh * kw > MOST_TAPS:
-        return f'a fused Triton kernel holds at most {MOST_TAPS} taps, got {kh}x{kw}'
-    if problem.operation == 'fused_backward' and problem.reduced > MOST_REDUCED:
-        return (
-            f'the fused Triton gradients take at most {MOST_REDUCED} reduced channels, '
-            f'got {problem.reduced}'
         )
     return None
 
@@ -180,10 +159,9 @@ def _run(
     stride: Pair,
     padding: Pair,
     dilation: Pair,
-    reduced: int | None = None,
 ) -> None:
     """Launch a kernel on its inputs and its output; `layout` is that of pixels."""
-    from . import fused_kernels, kernels
+    from . import kernels
 
     batch, channels, *size = input_shape
     groups, out_size = weight_shape[1], weight_shape[4:]
@@ -203,29 +181,21 @@ def _run(
     )
     # What lanes number, and the parts of the work that each lane is in.
     lanes, parts = out_size, groups
-    if name not in ('grad_weight', 'fused_grad_generator'):
+    if name != 'grad_weight':
         parts *= -(-group_channels // block)
-    if name in ('grad_input', 'fused_grad_input'):
+    if name == 'grad_input':
         lanes = [-(-side // step) for side, step in zip(size, stride, strict=True)]
         parts *= math.prod(stride)
         constants['GCD_H'], constants['GCD_W'] = map(math.gcd, stride, dilation)
-    counts = [batch, channels]
-    module = kernels
-    if reduced is not None:
-        module = fused_kernels
-        counts.append(reduced)
-        constants.update(span_blocks(weight_shape[2:4], reduced))
 
     def grid(meta: dict) -> tuple[int]:
-        if name == 'fused_grad_generator':
-            return (len(tensors[-1]),)
         count = batch * -(-lanes[0] // meta['ROWS']) * lanes[1]
         return (-(-count // meta['BLOCK_P']) * parts,)
 
     with torch.cuda.device_of(tensors[0]):
-        getattr(module, name)[grid](
+        getattr(kernels, name)[grid](
             *tensors,
-            *(*counts, *size, *out_size, *padding),
+            *(batch, channels, *size, *out_size, *padding),
             _timing_class(batch * math.prod(lanes) * parts, tensors[0].device),
             **constants,
             enable_fp_fusion=True,
@@ -250,14 +220,6 @@ def _timing_class(lanes: int, device: torch.device) -> int:
     return _kind(device) << 5 | lanes.bit_length() // 2
 
 
-def span_blocks(kernel_size: Pair, reduced: int) -> dict[str, int]:
-    """Blocks of the product that spans kernels: powers of two, at least 16."""
-    return dict(
-        BITS=max(4, (math.prod(kernel_size) - 1).bit_length()),
-        BLOCK_R=min(64, max(16, 1 << (reduced - 1).bit_length())),
-    )
-
-
 def forward(
     input: Tensor, weight: Tensor, stride: Pair, padding: Pair, dilation: Pair
 ) -> Tensor:
@@ -271,82 +233,6 @@ def forward(
     tensors, arguments = (input, weight.contiguous(), out), (stride, padding, dilation)
     _run('forward', tensors, layout, input.shape, weight.shape, *arguments)
     return out
-
-
-def fused_forward(
-    input: Tensor,
-    reduced: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-) -> Tensor:
-    """See :func:`mmcls_involution.ops.fused_involution2d`."""
-    size, taps = reduced.shape[2:], math.prod(kernel_size)
-    shape = (len(input), len(weight) // taps, *kernel_size, *size)
-    # Vectors of channels are what leaves registers for a lane's kernel.
-    layout = torch.channels_last
-    input, reduced = (t.contiguous(memory_format=layout) for t in (input, reduced))
-    if bias is None:
-        bias = weight.new_zeros(len(weight))
-    factory = dict(dtype=input.dtype, device=input.device)
-    out = torch.empty(*input.shape[:2], *size, **factory, memory_format=layout)
-    tensors = (input, reduced, weight.contiguous(), bias.contiguous(), out)
-    arguments = (stride, padding, dilation, reduced.shape[1])
-    _run('fused_forward', tensors, layout, input.shape, shape, *arguments)
-    return out
-
-
-def fused_backward(
-    grad: Tensor,
-    input: Tensor,
-    reduced: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    kernel_size: Pair,
-    stride: Pair,
-    padding: Pair,
-    dilation: Pair,
-    needed: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of :func:`fused_forward` in its tensors, those that are `needed`."""
-    taps, channels = math.prod(kernel_size), reduced.shape[1]
-    layout = torch.channels_last
-    grad, input, reduced = (
-        t.contiguous(memory_format=layout) for t in (grad, input, reduced)
-    )
-    weight = weight.contiguous()
-    groups = len(weight) // taps
-    shape = (len(input), groups, *kernel_size, *reduced.shape[2:])
-
-    def run(name: str, *tensors: Tensor) -> None:
-        arguments = (stride, padding, dilation, channels)
-        _run(name, tensors, layout, input.shape, shape, *arguments)
-
-    grads: list[Tensor | None] = [None] * 4
-    if needed[0]:
-        grads[0] = torch.empty_like(input)
-        spans = torch.zeros_like(weight[:, 0]) if bias is None else bias.contiguous()
-        run('fused_grad_input', grad, reduced, weight, spans, grads[0])
-    if any(needed[1:]):
-        from .fused_kernels import MOST_LANES
-
-        pixels = len(reduced) * math.prod(reduced.shape[2:])
-        programs = min(MOST_PROGRAMS, -(-pixels // LEAST_SHARE))
-        scratch = grad.new_empty(programs, taps, MOST_LANES)
-        factory = dict(dtype=torch.float32, device=input.device)
-        sums = (
-            torch.empty_like(reduced, dtype=torch.float32),
-            torch.empty(programs, *weight.shape, **factory),
-            torch.empty(programs, len(weight), **factory),
-        )
-        run('fused_grad_generator', grad, input, reduced, weight, scratch, *sums)
-        grads[1] = sums[0].to(reduced.dtype)
-        grads[2] = sums[1].sum(0).to(weight.dtype)
-        grads[3] = sums[2].sum(0).to(weight.dtype)
-    return grads
 
 
 def grad_input(

@@ -1,11 +1,13 @@
 """Triton kernels of involution: the forward pass and the two gradients.
 
-All three are bound by memory, so what counts is how often a value is read. A program
-works on one group of channels, or on BLOCK_C of them, and on BLOCK_P lanes. A lane is
-one column and ROWS consecutive rows of an image; lanes run along the columns, then
-along the blocks of rows, then along the images, so that small images fill a program as
-well as large ones. Pixels are held as tiles [BLOCK_C, BLOCK_P], one tile for each row
-of the lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
+By count of their machine code (docs/benchmarks.md) they issue instructions for longer
+than the memory needs for the bytes, and wait for loads besides; so what counts is how
+often a value is loaded, and how many loads are under way at once. A program works on
+one group of channels, or on BLOCK_C of them, and on BLOCK_P lanes. A lane is one column
+and ROWS consecutive rows of an image; lanes run along the columns, then along the
+blocks of rows, then along the images, so that small images fill a program as well as
+large ones. Pixels are held as tiles [BLOCK_C, BLOCK_P], one tile for each row of the
+lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
 
 * Each element of the kernels, by far the largest tensor, is read or written once, along
   its pixels (once for each BLOCK_C channels of larger groups).
@@ -13,6 +15,9 @@ of the lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
   rows that makes 10 rows of tiles where every row alone reads 7, 28 in all. They come
   out of the L1 cache; of memory a program reads its own pixels and the border of their
   windows once.
+* In channels_last memory and half precision the taps of a row are loaded before the
+  tiles that they meet, so that a program waits once for many loads. In NCHW the
+  addresses of a tile's channels take the registers that this needs.
 * Sums are kept in float32 (in float64 for float64), without atomics. They run over the
   taps in one fixed order; over the channels in one that depends on the blocks alone.
 
@@ -53,9 +58,14 @@ def pin_this_thread() -> None:
 
 
 def _candidates(configs, tensors, **constants):
-    """What the tuner times. Dilated rows share no tiles, so their lanes have one."""
-    if constants['DH'] > 1:
+    """What the tuner times, the one first that serves where nothing is timed."""
+    if constants['DH'] > 1:  # dilated rows share no tiles
         return [config for config in configs if config.kwargs['ROWS'] == 1]
+    weight = tensors.get('weight')
+    if constants['CHANNELS_LAST'] and weight is not None and weight.itemsize == 2:
+        # These hold a row of taps: two rows of lanes do not spill, eight do by far.
+        few = [config for config in configs if config.kwargs['ROWS'] < 8]
+        return sorted(few, key=lambda config: config.kwargs['ROWS'] != 2) or configs
     return configs
 
 
@@ -126,7 +136,7 @@ def tuned(configs):
     ]
 
     known = [
-        *('KH', 'KW', 'SH', 'SW', 'DH', 'DW', 'BLOCK_R'),
+        *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
         *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
     ]
 
@@ -202,6 +212,25 @@ def _pixels(tensor, image, channel, row, column, shape, CHANNELS_LAST: tl.conste
     return tensor + (channel + pixel)
 
 
+@triton.jit
+def _add_tile(
+    sums, taps, column: tl.constexpr, tile, t: tl.constexpr,
+    FIRST: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Add a tile, times their taps, to the sums of the rows whose windows it is in.
+
+    They are the rows r with t - FIRST - r * STEP in [0, SPAN). `taps` has ROWS values
+    for one column of the kernels after the other.
+    """
+    new = ()
+    for r in tl.static_range(ROWS):
+        total = sums[r]
+        if t >= FIRST + r * STEP and t - FIRST - r * STEP < SPAN:
+            total += taps[column * ROWS + r].to(total.dtype) * tile.to(total.dtype)
+        new += (total,)
+    return new
+
+
 @tuned(CONFIGS)
 def forward(
     input, weight, output, batch, channels, height, width, out_height, out_width,
@@ -219,6 +248,7 @@ def forward(
     sum_type: tl.constexpr = (
         tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     )
+    is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
     image, row, column, part = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
     group, channel, in_group = _channels(part, GROUP_CHANNELS, BLOCK_C)
@@ -237,22 +267,42 @@ def forward(
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
+    # What the registers hold.
+    row_ahead: tl.constexpr = CHANNELS_LAST and KW <= 8 and is_half
     for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
         rows = lanes & (y + t >= 0) & (y + t < height)
-        for v in range(KW):
-            inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-            loaded = inside if every else inside & in_group
-            tile = tl.load(pixels + (t * width + v * DW) * step, loaded, 0).to(sum_type)
-            new = ()
-            for r in tl.static_range(ROWS):
-                total = sums[r]
-                if t >= r * SH and t - r * SH < KH * DH:
-                    tap = (t - r * SH) // DH * KW + v
-                    real = inside & (row + r < out_height)
-                    taps = tl.load(kernels + (tap * area + r * out_width), real, 0)
-                    total += taps.to(sum_type) * tile
-                new += (total,)
-            sums = new
+        if row_ahead:
+            taps = ()
+            for v in tl.static_range(KW):
+                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                for r in tl.static_range(ROWS):
+                    if t >= r * SH and t - r * SH < KH * DH:
+                        tap = (t - r * SH) // DH * KW + v
+                        real = inside & (row + r < out_height)
+                        value = tl.load(kernels + (tap * area + r * out_width), real, 0)
+                        taps += (value,)
+                    else:
+                        taps += (0,)
+            for v in tl.static_range(KW):
+                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                inside = inside if every else inside & in_group
+                tile = tl.load(pixels + (t * width + v * DW) * step, inside, 0)
+                sums = _add_tile(sums, taps, v, tile, t, 0, SH, KH * DH, ROWS)
+        else:
+            for v in range(KW):
+                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                loaded = inside if every else inside & in_group
+                tile = tl.load(pixels + (t * width + v * DW) * step, loaded, 0)
+                taps = ()
+                for r in tl.static_range(ROWS):
+                    if t >= r * SH and t - r * SH < KH * DH:
+                        tap = (t - r * SH) // DH * KW + v
+                        real = inside & (row + r < out_height)
+                        value = tl.load(kernels + (tap * area + r * out_width), real, 0)
+                        taps += (value,)
+                    else:
+                        taps += (0,)
+                sums = _add_tile(sums, taps, 0, tile, t, 0, SH, KH * DH, ROWS)
 
     shape = (channels, out_height, out_width)
     pixels = _pixels(output, image, channel, row, column, shape, CHANNELS_LAST)
@@ -294,6 +344,7 @@ def grad_input(
     sum_type: tl.constexpr = (
         tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     )
+    is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
     image, row, column, part = _lanes(
         batch, tl.cdiv(height, SH), tl.cdiv(width, SW), BLOCK_P, ROWS
@@ -322,27 +373,47 @@ def grad_input(
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
+    row_ahead: tl.constexpr = CHANNELS_LAST and KW <= 8 and is_half and SH * SW == 1
     for t in tl.static_range(0, taps_h * up + ROWS - 1, up):
         rows = lanes & (i >= t) & (i - t < out_height)
-        for k in range(taps_w):
-            v = first_v + k * (SW // GCD_W)
-            if SW == 1 or v < KW:  # the same for all lanes
-                inside = rows & (j >= k * left) & (j - k * left < out_width)
-                offset = t * out_width + k * left
-                loaded = inside if every else inside & in_group
-                tile = tl.load(pixels - offset * step, loaded, 0).to(sum_type)
-                new = ()
+        if row_ahead:
+            taps = ()
+            for v in tl.static_range(KW):
+                inside = rows & (j >= v * left) & (j - v * left < out_width)
                 for r in tl.static_range(ROWS):
-                    total = sums[r]
-                    above = t - (ROWS - 1 - r)
-                    if above >= 0 and above < taps_h * up:
-                        u = first_u + above // up * (SH // GCD_H)
-                        if SH == 1 or u < KH:
-                            tap = (u * KW + v) * area
-                            taps = tl.load(kernels + (tap - offset), inside, 0)
-                            total += taps.to(sum_type) * tile
-                    new += (total,)
-                sums = new
+                    if t >= ROWS - 1 - r and t - (ROWS - 1 - r) < taps_h * up:
+                        tap = ((t - (ROWS - 1 - r)) // up * KW + v) * area
+                        offset = t * out_width + v * left
+                        taps += (tl.load(kernels + (tap - offset), inside, 0),)
+                    else:
+                        taps += (0,)
+            for v in tl.static_range(KW):
+                inside = rows & (j >= v * left) & (j - v * left < out_width)
+                inside = inside if every else inside & in_group
+                tile = tl.load(pixels - (t * out_width + v * left) * step, inside, 0)
+                sums = _add_tile(
+                    sums, taps, v, tile, t, ROWS - 1, -1, taps_h * up, ROWS
+                )
+        else:
+            for k in range(taps_w):
+                v = first_v + k * (SW // GCD_W)
+                if SW == 1 or v < KW:  # the same for all lanes
+                    inside = rows & (j >= k * left) & (j - k * left < out_width)
+                    offset = t * out_width + k * left
+                    loaded = inside if every else inside & in_group
+                    tile = tl.load(pixels - offset * step, loaded, 0).to(sum_type)
+                    new = ()
+                    for r in tl.static_range(ROWS):
+                        total = sums[r]
+                        above = t - (ROWS - 1 - r)
+                        if above >= 0 and above < taps_h * up:
+                            u = first_u + above // up * (SH // GCD_H)
+                            if SH == 1 or u < KH:
+                                tap = (u * KW + v) * area
+                                taps = tl.load(kernels + (tap - offset), inside, 0)
+                                total += taps.to(sum_type) * tile
+                        new += (total,)
+                    sums = new
 
     y = row * SH + phase_y
     x = column * SW + phase_x
