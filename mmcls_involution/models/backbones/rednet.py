@@ -51,6 +51,7 @@ def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modu
         function,
         x,
         use_reentrant=False,
+        preserve_rng_state=False,  # nothing in a stem or a block is random
         context_fn=lambda: (nullcontext(), _OnCopiesOfBuffers(module)),
     )
 
