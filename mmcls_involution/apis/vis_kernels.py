@@ -38,7 +38,7 @@ from mmcls_involution.data.images import read_image
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.ops import Involution2d, record_kernels
 
-COLUMNS = 8  # pictures beside each other
+COLUMNS = 4, 8  # pictures beside each other, at least and at most
 
 
 @dataclass(frozen=True)
@@ -200,20 +200,21 @@ def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figu
         for layer in view.layers
         for point, place in zip((None, *points), (None, *places), strict=True)
     ]
-    lines = [math.ceil(len(layer.kernels) / COLUMNS) for layer, *_ in sections]
+    columns = int(np.clip(max(len(layer.kernels) for layer in view.layers), *COLUMNS))
+    lines = [math.ceil(len(layer.kernels) / columns) for layer, *_ in sections]
     height, width = view.image.shape[:2]
     heights = [
         n * (1.9 if point else 1.8 * height / width + 0.1) + 0.4
         for n, (_, point, _) in zip(lines, sections, strict=True)
     ]
-    figure = Figure((1.8 * COLUMNS, sum(heights)), layout='constrained')
+    figure = Figure((1.8 * columns, sum(heights)), layout='constrained')
     parts = np.atleast_1d(figure.subfigures(len(sections), height_ratios=heights))
     for part, count, (layer, point, place) in zip(parts, lines, sections, strict=True):
-        axes = part.subplots(count, COLUMNS, squeeze=False).flat
+        axes = part.subplots(count, columns, squeeze=False).flat
         for ax in axes:
             ax.set_axis_off()
-        groups, size, _, rows, columns = layer.kernels.shape
-        title = f'{layer.name}: {groups} groups, {size}x{size}, {rows}x{columns}'
+        groups, size, _, *shape = layer.kernels.shape
+        title = f'{layer.name}: {groups} groups, {size}x{size}, {shape[0]}x{shape[1]}'
         if point:
             title = f'{layer.name}: kernels at x={point[0]:g}, y={point[1]:g}'
         part.suptitle(title, fontsize=9, x=0.01, ha='left')
