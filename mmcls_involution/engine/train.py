@@ -32,6 +32,7 @@ from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
 from mmcls_involution.engine.resume import check_resume
 from mmcls_involution.engine.samples import samples_by_name
+from mmcls_involution.engine.saving import save_safely
 from mmcls_involution.weights.files import (
     check_checkpoint,
     latest_checkpoint,
@@ -158,6 +159,7 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     apply_flags(cfg, args)
     check(cfg, ('train', 'val'))
+    save_safely(cfg)
     if cfg.get('resume') and cfg.get('load_from'):
         check_resume(cfg)
     runner = build_runner(cfg)
