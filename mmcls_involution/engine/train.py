@@ -30,6 +30,7 @@ from mmcls_involution.engine.config import (
 )
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
+from mmcls_involution.engine.loops import resume_exactly
 from mmcls_involution.engine.resume import check_resume
 from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.engine.saving import save_safely
@@ -160,6 +161,7 @@ def main(args: argparse.Namespace) -> None:
     apply_flags(cfg, args)
     check(cfg, ('train', 'val'))
     save_safely(cfg)
+    resume_exactly(cfg)
     if cfg.get('resume') and cfg.get('load_from'):
         check_resume(cfg)
     runner = build_runner(cfg)

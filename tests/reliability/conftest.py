@@ -20,6 +20,7 @@ def train() -> Callable[[Config], Any]:
 
     from mmcls_involution import compat
     from mmcls_involution.engine.config import build_runner
+    from mmcls_involution.engine.loops import resume_exactly
     from mmcls_involution.engine.saving import save_safely
 
     compat.apply()
@@ -31,6 +32,7 @@ def train() -> Callable[[Config], Any]:
             cls._instance_dict.clear()
             classes += cls.__subclasses__()
         save_safely(cfg)
+        resume_exactly(cfg)
         runner = build_runner(cfg)
         runner.train()
         return runner
