@@ -64,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate while training'
     )
+    parser.add_argument(
+        '--skip-not-finite',
+        action='store_true',
+        help='pass over a batch whose loss or gradient is not finite, and name it, '
+        'instead of stopping there',
+    )
     add_common_arguments(parser)
 
 
@@ -165,7 +171,7 @@ def main(args: argparse.Namespace) -> None:
     if cfg.get('resume') and cfg.get('load_from'):
         check_resume(cfg)
     runner = build_runner(cfg)
-    runner.register_hook(LossCheck())
+    runner.register_hook(LossCheck(args.skip_not_finite))
     runner.register_hook(OwnBest())
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():

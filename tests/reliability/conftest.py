@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
-def train() -> Callable[[Config], Any]:
-    """Train a config as ``train.py`` does, without its command line."""
+def build() -> Callable[[Config], Any]:
+    """The runner of a config, as ``train.py`` has it but for its checks."""
     from mmengine.utils import ManagerMixin
 
     from mmcls_involution import compat
@@ -25,7 +25,7 @@ def train() -> Callable[[Config], Any]:
 
     compat.apply()
 
-    def run(cfg: Config) -> Any:
+    def get(cfg: Config) -> Any:
         classes = [ManagerMixin]
         while classes:
             cls = classes.pop()
@@ -33,7 +33,17 @@ def train() -> Callable[[Config], Any]:
             classes += cls.__subclasses__()
         save_safely(cfg)
         resume_exactly(cfg)
-        runner = build_runner(cfg)
+        return build_runner(cfg)
+
+    return get
+
+
+@pytest.fixture
+def train(build) -> Callable[[Config], Any]:
+    """Train a config; returns the runner."""
+
+    def run(cfg: Config) -> Any:
+        runner = build(cfg)
         runner.train()
         return runner
 
