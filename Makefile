@@ -14,7 +14,7 @@ INSTALLED = $(VENV)/lib/python3*/site-packages
 KEY := $(shell echo '$(TORCH) $(CURDIR)' | cksum | cut -d' ' -f1)
 SOURCES = requirements/tested.txt setup.py pyproject.toml mmcls_involution/version.py $(wildcard mmcls_involution/ops/backends/native/*.cpp mmcls_involution/ops/backends/native/*.h)
 
-.PHONY: help setup mmcv demo test test-long lint bench bench-gpu paper-table clean
+.PHONY: help setup mmcv demo test test-long soak lint bench bench-gpu paper-table clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -53,6 +53,9 @@ test: setup  ## run the tests, on up to four cores
 
 test-long: setup  ## the tests that take long: sweeps of sizes, compilers, interpreters
 	@$(RUN) -m pytest -m long --numprocesses auto --maxprocesses 4 --dist worksteal
+
+soak: setup  ## kill a small training 200 times, fill its disk 20 times, count the losses (an hour)
+	@$(RUN) tests/reliability/soak.py
 
 lint: setup  ## ruff: rules and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

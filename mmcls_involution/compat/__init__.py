@@ -17,6 +17,7 @@ from .coco_files import read_coco_as_meant
 from .fsdp import name_fsdp_arguments
 from .mmcv_ops import provide_mmcv_ops
 from .package_paths import get_installed_path, is_installed, replace_pkg_resources
+from .scalars import outlive_lost_scalars
 from .torchvision_import import declare_torchvision_ops
 from .versions import SUPPORTED, check_versions
 
@@ -29,6 +30,7 @@ __all__ = [
     'is_installed',
     'load_weights_only',
     'name_fsdp_arguments',
+    'outlive_lost_scalars',
     'pickle_history_plainly',
     'provide_mmcv_ops',
     'read_coco_as_meant',
@@ -49,3 +51,4 @@ def apply() -> None:
         pickle_history_plainly()
         load_weights_only()
         name_fsdp_arguments()
+        outlive_lost_scalars()

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.optim import OptimWrapperDict
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
+from torch import Tensor
 
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.weights.fit import Fit
@@ -74,17 +80,61 @@ class OwnBest(Hook):
 
 
 class LossCheck(Hook):
-    """Stop at a loss that is not finite, before a checkpoint of it is written.
+    """Stop at a loss or gradient that is not finite, before the weights take it in.
+
+    The step of such a batch is not taken, so that the weights are those from before it.
+    Its images are named, and it is written to ``not_finite/iter_<N>.pth`` in the work
+    dir, which loads weights-only.
 
     With dynamic loss scaling such a step is skipped and the scale lowered, so only a
     long row of them is an error.
+
+    Args:
+        skip (bool): Warn, put back the statistics of batch norms, and go on with the
+            next batch; only a long row of such batches stops the training.
+            Defaults to False.
     """
 
     priority = 'VERY_HIGH'
     patience = 50
 
-    def __init__(self) -> None:
+    def __init__(self, skip: bool = False) -> None:
+        self.skip = skip
         self.row = 0
+        self.dropped = False
+        self.buffers: list[tuple[Tensor, Tensor]] = []
+        self.handles: list = []
+
+    def before_train(self, runner: Runner) -> None:
+        wrapper = runner.optim_wrapper
+        parts = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        # Before a step, which it cannot call off: without gradients it does nothing.
+        self.handles = [
+            part.optimizer.register_step_pre_hook(self._look_at_gradients)
+            for part in parts
+        ]
+        if self.skip:
+            self.buffers = [(b, b.clone()) for b in runner.model.buffers()]
+
+    def after_train(self, runner: Runner) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def _look_at_gradients(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group['params']
+            if parameter.grad is not None
+        ]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float('inf'))
+        bad = (~torch.isfinite(norm)).to(torch.uint8)
+        if get_world_size() > 1:  # all take the step, or none
+            all_reduce(bad, 'max')
+        if bad:
+            self.dropped = True
+            for parameter in parameters:
+                parameter.grad = None
 
     def after_train_iter(
         self,
@@ -98,17 +148,86 @@ class LossCheck(Hook):
             for key, value in (outputs or {}).items()
             if 'loss' in key and torch.is_tensor(value)
         }
-        if all(torch.isfinite(value).all() for value in losses.values()):
+        finite = all(torch.isfinite(value).all() for value in losses.values())
+        dropped, self.dropped = self.dropped, False
+        if finite and not dropped:
             self.row = 0
+            for buffer, before in self.buffers:
+                before.copy_(buffer)
             return
+        for buffer, before in self.buffers:
+            buffer.copy_(before)
         self.row += 1
-        if hasattr(runner.optim_wrapper, 'loss_scaler') and self.row < self.patience:
+        scaled = hasattr(runner.optim_wrapper, 'loss_scaler')
+        if scaled and not self.skip and self.row < self.patience:
             return
         values = ', '.join(f'{key} {value.mean():.4g}' for key, value in losses.items())
         rates = [f'{lr:.3g}' for lr in runner.optim_wrapper.get_lr()['lr']]
-        raise UserError(
-            f'The loss is not finite at iteration {runner.iter + 1}: {values}; '
-            f'lr {rates[0]}. Training stopped; checkpoints in {runner.work_dir} are '
-            'from before. Lower optim_wrapper.optimizer.lr, lengthen the warm-up, or '
-            'clip gradients: optim_wrapper.clip_grad.max_norm=5.'
+        images = image_names(data_batch)
+        what = 'norm of the gradient' if finite else 'loss'
+        message = (
+            f'The {what} is not finite at iteration {runner.iter + 1}: {values}; '
+            f'lr {rates[0]}; images: {", ".join(images) or "without names"}. '
+            f'{self._keep(runner, data_batch, losses, images)}'
         )
+        if self.skip and self.row < self.patience:
+            runner.logger.warning(f'{message} The batch is skipped')
+            return
+        raise UserError(
+            f'{message} Training stopped; checkpoints in {runner.work_dir} are '
+            'from before. Look at these images and their labels, lower '
+            'optim_wrapper.optimizer.lr, lengthen the warm-up, or clip gradients: '
+            'optim_wrapper.clip_grad.max_norm=5. To pass over such batches: '
+            '--skip-not-finite.'
+        )
+
+    @staticmethod
+    def _keep(runner: Runner, batch: Any, losses: dict, images: list[str]) -> str:
+        """Write the batch down; where, in a sentence."""
+        file = Path(runner.work_dir, 'not_finite', f'iter_{runner.iter + 1}.pth')
+        if get_rank():
+            file = file.with_stem(f'{file.stem}_process_{get_rank()}')
+        content = dict(
+            batch=_tensors(batch),
+            images=images,
+            losses={key: value.cpu() for key, value in losses.items()},
+        )
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(content, file)
+        except (OSError, RuntimeError) as error:  # torch's word for a full disk
+            return f'(The batch could not be written to {file}: {error}.)'
+        return f'The batch is in {file}.'
+
+
+def image_names(batch: Any) -> list[str]:
+    """The paths of the images in a batch, as far as it has them."""
+    if isinstance(batch, BaseDataElement):
+        found = batch.get('img_path')
+    elif isinstance(batch, dict):
+        found = batch.get('img_path')
+        if found is None:
+            found = [name for value in batch.values() for name in image_names(value)]
+    elif isinstance(batch, list | tuple):
+        found = [name for value in batch for name in image_names(value)]
+    else:
+        found = []
+    return [found] if isinstance(found, str) else [str(name) for name in found or []]
+
+
+def _tensors(value: Any) -> Any:
+    """A batch as what loads weights-only: dicts, lists, tensors, numbers, text."""
+    if torch.is_tensor(value):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
+        return torch.from_numpy(value.copy())
+    if isinstance(value, BaseDataElement):
+        return {key: _tensors(item) for key, item in value.all_items()}
+    if isinstance(value, dict):
+        return {str(key): _tensors(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_tensors(item) for item in value]
+    for inner in ('tensor', 'masks'):  # boxes and masks of MMDetection
+        if hasattr(value, inner):
+            return _tensors(getattr(value, inner))
+    return value if type(value) in (bool, int, float, str) else str(value)

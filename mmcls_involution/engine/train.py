@@ -30,8 +30,10 @@ from mmcls_involution.engine.config import (
 )
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
+from mmcls_involution.engine.loops import resume_exactly
 from mmcls_involution.engine.resume import check_resume
 from mmcls_involution.engine.samples import samples_by_name
+from mmcls_involution.engine.saving import save_safely
 from mmcls_involution.weights.files import (
     check_checkpoint,
     latest_checkpoint,
@@ -61,6 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         '--no-validate', action='store_true', help='do not evaluate while training'
+    )
+    parser.add_argument(
+        '--skip-not-finite',
+        action='store_true',
+        help='pass over a batch whose loss or gradient is not finite, and name it, '
+        'instead of stopping there',
     )
     add_common_arguments(parser)
 
@@ -158,10 +166,12 @@ def main(args: argparse.Namespace) -> None:
     cfg = load_config(args)
     apply_flags(cfg, args)
     check(cfg, ('train', 'val'))
+    save_safely(cfg)
+    resume_exactly(cfg)
     if cfg.get('resume') and cfg.get('load_from'):
         check_resume(cfg)
     runner = build_runner(cfg)
-    runner.register_hook(LossCheck())
+    runner.register_hook(LossCheck(args.skip_not_finite))
     runner.register_hook(OwnBest())
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import pickle
 import re
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -82,24 +85,62 @@ def starting_points(cfg: Config) -> dict[str, str]:
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
-    """The newest complete checkpoint that lies in a work dir itself, or None.
+    """The newest checkpoint in a work dir itself that loads in full, or None.
 
-    ``last_checkpoint`` names it, by an absolute path: of a folder that was moved or
-    copied since, so that only the file's name counts. It may be out of date if the run
-    was killed, and a checkpoint being written then is cut short.
+    Those passed over are named in a warning. ``last_checkpoint`` names the newest by
+    an absolute path: of a folder that was moved or copied since, so that only the
+    file's name counts. A run that was killed may have left a newer one.
     """
     candidates = sorted(
         [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')],
-        key=lambda file: file.stat().st_mtime,
+        key=_age,
         reverse=True,
     )
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
-        candidates.insert(0, work_dir / Path(pointer.read_text().strip()).name)
+        named = work_dir / Path(pointer.read_text(errors='replace').strip()).name
+        # The times of a folder that was copied say little, its names do.
+        newer = [
+            file
+            for file in candidates
+            if _age(file) > _age(named) and _number(file) > _number(named)
+        ]
+        rest = [file for file in candidates if file not in (*newer, named)]
+        candidates = [*newer, named, *rest]
     for file in candidates:
-        if zipfile.is_zipfile(file):
+        problem = _damage(file)
+        if problem is None:
             return file
-        print_log(f'Passed over {file}, missing or cut short', level=logging.WARNING)
+        print_log(f'Passed over {file}: {problem}', level=logging.WARNING)
+    return None
+
+
+def _age(file: Path) -> float:
+    return file.stat().st_mtime if file.exists() else 0.0
+
+
+def _number(file: Path) -> int:
+    """Of the epoch or iteration that a checkpoint is named by."""
+    return int(found[0]) if (found := re.findall(r'\d+', file.stem)) else -1
+
+
+def _damage(file: Path) -> str | None:
+    """What keeps a checkpoint from being loaded in full; None if nothing does."""
+    if not file.exists():
+        return 'missing'
+    try:
+        # torch does not look at the check sums.
+        with zipfile.ZipFile(file) as archive:
+            if (part := archive.testzip()) is not None:
+                return f'damaged at {part}'
+        CheckpointLoader.load_checkpoint(str(file), 'cpu', logger='silent')
+    except pickle.UnpicklingError:
+        return None  # whole; whether it is read in full, resuming decides
+    except zipfile.BadZipFile as error:
+        return f'cut short ({error})'
+    except Exception as error:
+        # torch raises whatever the damaged bytes made it stumble over.
+        return f'damaged ({type(error).__name__}: {error})'
     return None
 
 
@@ -192,6 +233,67 @@ def save_beside(checkpoint: dict[str, Any], path: Path) -> Path:
             raise UserError(f'cannot write {path}: {error}') from error
         raise
     return partial
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Give a file, or a folder of files, its name, once it is safe on the disk.
+
+    After this the target is there in full, whatever happens to the machine; before it
+    ends, either that or what was there earlier.
+
+    Args:
+        partial (Path): What has been written, in the folder of the target.
+        target (Path): The name to give to it.
+
+    Raises:
+        OSError: If the disk fails; an earlier target is as it was.
+    """
+    if partial.is_dir():
+        for file in partial.iterdir():
+            _sync(file)
+        _sync(partial)
+        if target.is_dir():  # folders are not replaced by a rename
+            aside = partial.with_name(f'{partial.name}.old')
+            target.rename(aside)
+            partial.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+            _sync(target.parent)
+            return
+    else:
+        _sync(partial)
+    os.replace(partial, target)
+    _sync(target.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small text file at once, and see it onto the disk.
+
+    Raises:
+        OSError: If the disk fails; an earlier file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f'.{path.name}.partial')
+    try:
+        partial.write_text(text)
+        put_in_place(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Have the system write out a file, or the names in a folder."""
+    if path.is_dir() and os.name == 'nt':
+        return  # which has no such call for folders
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems over a network have none for folders.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_output(path: Path) -> None:

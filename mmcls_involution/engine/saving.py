@@ -1,0 +1,280 @@
+"""Checkpoints that a kill, a crash or a full disk cannot take away."""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.dist import all_gather_object, is_main_process
+from mmengine.hooks import CheckpointHook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from mmcls_involution import compat
+from mmcls_involution.engine.config import is_called
+from mmcls_involution.weights.files import put_in_place, write_text
+
+LEAST = 2  # checkpoints that are always kept
+
+
+@HOOKS.register_module()
+class SafeCheckpointHook(CheckpointHook):
+    """MMEngine's ``CheckpointHook``, with files that are there whole or not at all.
+
+    MMEngine deletes the oldest checkpoint, then writes the new one over its target.
+    Here a checkpoint is written beside its target, flushed to the disk and renamed;
+    ``last_checkpoint`` is replaced in the same way, and then old ones are deleted.
+    A disk that is full or away costs this checkpoint alone: it is reported, and
+    training goes on to the next one. What it writes can be loaded weights-only.
+
+    In any config, installed beside this package::
+
+        default_hooks = dict(
+            checkpoint=dict(
+                type='mmcls_involution.engine.saving.SafeCheckpointHook', interval=1
+            )
+        )
+
+    Args:
+        max_keep_ckpts (int): As MMEngine's, at least 2: a file that another program
+            damages must not be the only one. Defaults to -1, all.
+        **kwargs: All the others of ``CheckpointHook``. An ``out_dir`` with ``://`` is
+            written to as MMEngine does, for such stores take objects whole; the order
+            is the same as here.
+    """
+
+    def __init__(self, *args: Any, max_keep_ckpts: int = -1, **kwargs: Any) -> None:
+        compat.apply()
+        if max_keep_ckpts > 0:
+            max_keep_ckpts = max(max_keep_ckpts, LEAST)
+        super().__init__(*args, max_keep_ckpts=max_keep_ckpts, **kwargs)
+        self._meta: dict = {}
+
+    @property
+    def _local(self) -> bool:
+        return '://' not in str(self.out_dir) and not self.file_client_args
+
+    def before_train(self, runner: Runner) -> None:
+        super().before_train(runner)
+        if self._local and is_main_process():
+            for rest in Path(self.out_dir).glob('.*.partial*'):  # of a kill
+                _remove(rest)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # FlexibleRunner counts one epoch too many for those saved after a validation.
+        checkpoint['meta'].update(self._meta)
+
+    def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict) -> None:
+        before = self._state(runner)
+        name = self.filename_tmpl.format(step)
+        self.last_ckpt = self.file_backend.join_path(self.out_dir, name)
+        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
+        old = []
+        if self.max_keep_ckpts > 0:
+            kept = [kept for kept in self.keep_ckpt_ids if kept != step] + [step]
+            old, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
+            runner.message_hub.update_info('keep_ckpt_ids', kept)
+        saved = self._save(
+            runner,
+            name,
+            meta,
+            pointer=Path(runner.work_dir, 'last_checkpoint'),
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            by_epoch=self.by_epoch,
+            **self.args,
+        )
+        if not saved:
+            self._set_back(runner, before)
+            return
+        for step in old:
+            path = self.file_backend.join_path(
+                self.out_dir, self.filename_tmpl.format(step)
+            )
+            self._delete(runner, path)
+
+    def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
+        if not self.save_best:
+            return
+        if 'auto' in self.key_indicators:
+            self._init_rule(self.rules, [list(metrics)[0]])
+        step = runner.epoch if self.by_epoch else runner.iter
+        meta = dict(epoch=runner.epoch, iter=runner.iter)
+        single = len(self.key_indicators) == 1
+        replaced = []
+        for key in self.key_indicators:
+            suffix = '' if single else f'_{key}'
+            known = runner.message_hub.runtime_info
+            # As upstream finds them; `rules` has a None where it guessed the rule.
+            better = self.is_better_than[key]
+            worst = -float('inf') if better(1, 0) else float('inf')
+            score = metrics[key]
+            if score is None or not better(
+                score, known.get(f'best_score{suffix}', worst)
+            ):
+                continue
+            before = self._state(runner)
+            old = self.best_ckpt_path if single else self.best_ckpt_path_dict[key]
+            name = f'best_{key}_{self.filename_tmpl.format(step)}'.replace('/', '_')
+            path = self.file_backend.join_path(self.out_dir, name)
+            if single:
+                self.best_ckpt_path = path
+            else:
+                self.best_ckpt_path_dict[key] = path
+            runner.message_hub.update_info(f'best_score{suffix}', score)
+            runner.message_hub.update_info(f'best_ckpt{suffix}', path)
+            if not self._save(
+                runner,
+                name,
+                meta,
+                save_optimizer=False,
+                save_param_scheduler=False,
+                by_epoch=False,
+            ):
+                self._set_back(runner, before)
+                continue
+            runner.logger.info(
+                f'The best checkpoint with {score:0.4f} {key} at {step} '
+                f'{"epoch" if self.by_epoch else "iter"} is saved to {name}.'
+            )
+            replaced.append((old, path))
+        # Once more, for it names the best one; until then the old best one is needed.
+        if replaced and self.last_ckpt is not None:
+            self._save_checkpoint_with_step(runner, step, meta)
+        for old, path in replaced:
+            if old and old != path:
+                self._delete(runner, old)
+
+    def _save(
+        self,
+        runner: Runner,
+        name: str,
+        meta: dict,
+        pointer: Path | None = None,
+        **options: Any,
+    ) -> bool:
+        """Write a checkpoint, on every process that holds a part of it.
+
+        Args:
+            runner: The runner.
+            name: Of the file, or of the folder where each process writes one.
+            meta: What to note of the moment.
+            pointer: File that is to hold the checkpoint's path. Defaults to None.
+            **options: Of ``runner.save_checkpoint``.
+
+        Returns:
+            Whether all of it is on the disk.
+        """
+        partial = f'.{name}.partial' if self._local else name
+        self._meta = dict(meta)
+
+        def write() -> None:
+            runner.save_checkpoint(
+                self.out_dir,
+                partial,
+                self.file_client_args,
+                meta=meta,
+                backend_args=self.backend_args,
+                **options,
+            )
+
+        def finish() -> None:
+            if not is_main_process():
+                return
+            target = self.file_backend.join_path(self.out_dir, name)
+            if self._local:
+                put_in_place(Path(self.out_dir, partial), Path(target))
+            if pointer is not None:
+                write_text(pointer, target)
+
+        # Others may have parts to write: nobody renames before all have written.
+        error = _first_error(write) or _first_error(finish)
+        self._meta = {}
+        if error is None:
+            return True
+        if self._local and is_main_process():
+            _remove(Path(self.out_dir, partial))
+        runner.logger.error(
+            f'{name} was NOT saved in {self.out_dir}: {error}. Training goes on, and '
+            'tries again when the next checkpoint is due; the earlier ones are kept. '
+            'Make room, or make the folder writable again.'
+        )
+        return False
+
+    def _state(self, runner: Runner) -> tuple[dict, dict]:
+        """What the hook and the message hub know of the files there are."""
+        own = {
+            name: value.copy() if isinstance(value, dict | deque) else value
+            for name in (
+                'last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict'
+            )
+            if (value := getattr(self, name, self)) is not self
+        }  # fmt: skip
+        return own, dict(runner.message_hub.runtime_info)
+
+    def _set_back(self, runner: Runner, state: tuple[dict, dict]) -> None:
+        own, known = state
+        vars(self).update(own)
+        hub = runner.message_hub.runtime_info
+        for key in [*hub]:
+            if key in known:
+                hub[key] = known[key]
+            else:
+                del hub[key]
+
+    def _delete(self, runner: Runner, path: str) -> None:
+        if not is_main_process():
+            return
+        try:
+            if self._local:
+                _remove(Path(path))
+            elif self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+        except OSError as error:
+            runner.logger.warning(f'{path} cannot be deleted: {error}')
+
+
+def _first_error(step: Callable[[], None]) -> str | None:
+    """Take a step on every process; what went wrong on the first that failed."""
+    error = None
+    try:
+        step()
+    except OSError as found:
+        error = f'{type(found).__name__}: {found}'
+    return next(filter(None, all_gather_object(error)), None)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, or the folder in which each process has one, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        try:
+            path.unlink(missing_ok=True)
+        except NotADirectoryError:  # its folder has gone
+            return
+
+
+def save_safely(cfg: Config) -> None:
+    """Put :class:`SafeCheckpointHook` in the place of MMEngine's in a config.
+
+    A ``CheckpointHook`` of somebody else's stays.
+
+    Args:
+        cfg (Config): The config; changed in place.
+    """
+    hooks = dict(cfg.get('default_hooks') or {})
+    hooks.setdefault('checkpoint', dict(interval=1))  # that of MMEngine
+    if hooks['checkpoint'] is not None:
+        hooks['checkpoint'].setdefault('type', 'CheckpointHook')
+    cfg.default_hooks = hooks
+    for hook in [cfg.default_hooks['checkpoint'], *(cfg.get('custom_hooks') or [])]:
+        if isinstance(hook, dict) and is_called(
+            hook.get('type'), 'CheckpointHook', HOOKS
+        ):
+            hook['type'] = f'{__name__}.SafeCheckpointHook'

@@ -1,0 +1,189 @@
+"""Checkpoints are there whole, or the earlier ones are."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip('torch')
+pytest.importorskip('mmengine')
+
+import toy  # noqa: E402
+from mmengine.fileio import LocalBackend  # noqa: E402
+from mmengine.logging import MMLogger  # noqa: E402
+
+from mmcls_involution.engine.saving import SafeCheckpointHook, save_safely  # noqa: E402
+from mmcls_involution.weights import files  # noqa: E402
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file()} - {'20.py'}
+
+
+def test_train_puts_it_in_the_place_of_the_stock_hook(tmp_path):
+    from mmengine.config import Config
+
+    for default_hooks in (
+        None, {}, dict(checkpoint=dict(interval=2)),
+        dict(checkpoint=dict(type='CheckpointHook', interval=2)),
+        dict(checkpoint=dict(type='mmengine.CheckpointHook', interval=2)),
+    ):  # fmt: skip
+        cfg = Config(dict(default_hooks=default_hooks))
+        save_safely(cfg)
+        hook = cfg.default_hooks.checkpoint
+        assert hook.type == 'mmcls_involution.engine.saving.SafeCheckpointHook'
+        assert hook.interval == (2 if default_hooks else 1)
+    cfg = Config(dict(default_hooks=dict(checkpoint=None)))
+    save_safely(cfg)
+    assert cfg.default_hooks.checkpoint is None
+
+
+def test_files_of_a_training(train, tmp_path):
+    cfg = toy.config(tmp_path, **toy.VALIDATION)
+    cfg.default_hooks.checkpoint.update(max_keep_ckpts=1, save_best='accuracy')
+    (tmp_path / '.epoch_9.pth.partial').write_text('of a kill')
+    runner = train(cfg)
+    assert any(isinstance(hook, SafeCheckpointHook) for hook in runner.hooks)
+    best = {file for file in names(tmp_path) if file.startswith('best_')}
+    assert len(best) == 1
+    left = {file for file in names(tmp_path) if not file.endswith('.py')}
+    assert left == {'epoch_3.pth', 'epoch_4.pth', 'last_checkpoint', *best}
+    assert (tmp_path / 'last_checkpoint').read_text() == str(tmp_path / 'epoch_4.pth')
+    for file in tmp_path.glob('*.pth'):
+        state = torch.load(file, weights_only=True)
+    info = torch.load(tmp_path / 'epoch_4.pth', weights_only=True)['message_hub']
+    assert info['runtime_info']['keep_ckpt_ids'] == [3, 4]
+    assert {Path(info['runtime_info']['best_ckpt']).name} == best
+    assert state['meta']['epoch'] <= 4
+
+
+def test_several_best_ones(train, tmp_path):
+    cfg = toy.config(tmp_path, **toy.VALIDATION)
+    cfg.val_evaluator = [dict(type='ToyMetric'), dict(type='ToyMetric', prefix='b')]
+    cfg.default_hooks.checkpoint.update(
+        save_best=['accuracy', 'b/accuracy'], rule='greater'
+    )
+    train(cfg)
+    assert len(list(tmp_path.glob('best_accuracy_*.pth'))) == 1
+    assert len(list(tmp_path.glob('best_b_accuracy_*.pth'))) == 1
+
+
+@pytest.mark.parametrize('where', ['while it is written', 'in its fsync', 'its name'])
+def test_a_full_disk_costs_one_checkpoint(where, train, tmp_path, monkeypatch, caplog):
+    """At any of the steps of the third checkpoint."""
+    full = OSError(errno.ENOSPC, 'No space left on device')
+    put, fsync, replace = LocalBackend.put, os.fsync, os.replace
+
+    def is_third(path):
+        return 'epoch_3' in str(path)
+
+    def failing_put(self, content, path):
+        if is_third(path):
+            put(self, content[:1000], path)
+            raise full
+        put(self, content, path)
+
+    def failing_fsync(descriptor):
+        if is_third(os.readlink(f'/proc/self/fd/{descriptor}')):
+            raise full
+        fsync(descriptor)
+
+    def failing_replace(source, target):
+        if is_third(source):
+            raise full
+        replace(source, target)
+
+    if where == 'while it is written':
+        monkeypatch.setattr(LocalBackend, 'put', failing_put)
+    elif where == 'in its fsync':
+        monkeypatch.setattr(os, 'fsync', failing_fsync)
+    else:
+        monkeypatch.setattr(os, 'replace', failing_replace)
+    cfg = toy.config(tmp_path)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+    errors = []
+    monkeypatch.setattr(MMLogger, 'error', lambda self, text, *a: errors.append(text))
+    runner = train(cfg)
+    assert runner.iter == 20
+    assert len(errors) == 1
+    assert 'epoch_3.pth was NOT saved' in errors[0] and 'No space left' in errors[0]
+    assert {f.name for f in tmp_path.glob('*.pth')} == {'epoch_2.pth', 'epoch_4.pth'}
+    assert not list(tmp_path.glob('.*'))
+    state = torch.load(tmp_path / 'epoch_4.pth', weights_only=True)
+    assert state['message_hub']['runtime_info']['keep_ckpt_ids'] == [2, 4]
+
+
+def test_old_ones_go_when_the_new_one_is_durable(train, tmp_path, monkeypatch):
+    """Whatever moment the machine stops at, two whole checkpoints are there."""
+    seen = []
+    unlink, replace = Path.unlink, os.replace
+
+    def look(*args, **kwargs):
+        whole = 0
+        for file in tmp_path.glob('epoch_*.pth'):
+            torch.load(file, weights_only=True)
+            whole += 1
+        seen.append(whole)
+
+    def watched_unlink(self, *args, **kwargs):
+        unlink(self, *args, **kwargs)
+        look()
+
+    def watched_replace(source, target):
+        look()
+        replace(source, target)
+
+    monkeypatch.setattr(Path, 'unlink', watched_unlink)
+    monkeypatch.setattr(os, 'replace', watched_replace)
+    cfg = toy.config(tmp_path)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+    train(cfg)
+    # Four of each, a checkpoint and a pointer, and two deletions.
+    assert seen == [0, 1, 1, 2, 2, 3, 2, 2, 3, 2]
+
+
+def test_a_folder_that_vanishes_comes_back(train, tmp_path):
+    import shutil
+
+    from mmengine.hooks import Hook
+    from mmengine.registry import HOOKS
+
+    @HOOKS.register_module(force=True)
+    class Vandal(Hook):
+        def before_train_epoch(self, runner):
+            if runner.epoch == 2:
+                shutil.rmtree(runner.work_dir)
+
+    cfg = toy.config(tmp_path / 'work')
+    cfg.custom_hooks.append(dict(type='Vandal'))
+    train(cfg)
+    assert {f.name for f in (tmp_path / 'work').glob('*.pth')} == {
+        'epoch_3.pth', 'epoch_4.pth'
+    }  # fmt: skip
+
+
+def test_the_newest_that_loads_in_full(train, tmp_path, monkeypatch):
+    train(toy.config(tmp_path))
+    warnings = []
+    monkeypatch.setattr(files, 'print_log', lambda text, **_: warnings.append(text))
+    latest = files.latest_checkpoint(tmp_path)
+    assert latest.name == 'epoch_4.pth' and not warnings
+    # The pointer is older than the file: killed between the two.
+    (tmp_path / 'last_checkpoint').write_text('/gone/epoch_3.pth')
+    assert files.latest_checkpoint(tmp_path).name == 'epoch_4.pth'
+    # In the middle, where a look at the end of the file would miss it.
+    content = bytearray(latest.read_bytes())
+    place = content.index(b'data/0') + 200
+    content[place : place + 300] = bytes(300)
+    latest.write_bytes(content)
+    third = tmp_path / 'epoch_3.pth'
+    third.write_bytes(third.read_bytes()[:-400])
+    assert files.latest_checkpoint(tmp_path).name == 'epoch_2.pth'
+    for damage in ('epoch_3.pth: cut short', 'epoch_4.pth: damaged at'):
+        assert any(damage in warning for warning in warnings)
+    for number in (1, 2):
+        (tmp_path / f'epoch_{number}.pth').write_bytes(b'')
+    assert files.latest_checkpoint(tmp_path) is None
