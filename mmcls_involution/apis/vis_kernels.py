@@ -213,11 +213,8 @@ def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figu
         axes = part.subplots(count, columns, squeeze=False).flat
         for ax in axes:
             ax.set_axis_off()
-        groups, size, _, height, width = layer.kernels.shape
-        title = (
-            f'{layer.name}: {groups} group{"s"[: groups > 1]}, {size}x{size}, '
-            f'{height}x{width}'
-        )
+        groups, size, _, *shape = layer.kernels.shape
+        title = f'{layer.name}: {size}x{size} kernels of {shape[0]}x{shape[1]} pixels'
         if point:
             title = f'{layer.name}: kernels at x={point[0]:g}, y={point[1]:g}'
         part.suptitle(title, fontsize=9, x=0.01, ha='left')
