@@ -12,10 +12,9 @@ import yaml
 from mmengine.config import Config
 
 from mmcls_involution import __main__ as commands
+from mmcls_involution.console import console
 from mmcls_involution.flops import build_model
 from mmcls_involution.flops import measure as measure_model
-
-# As the tools do: the stock configs do not import this package.
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / 'configs'
@@ -26,7 +25,6 @@ PAPER = yaml.safe_load((CONFIGS / 'paper.yml').read_text())
 def tool(monkeypatch):
     """Import a module of tools/analysis_tools."""
     monkeypatch.syspath_prepend(ROOT / 'tools' / 'analysis_tools')
-    console = importlib.import_module('benchmark_utils').console
     monkeypatch.setattr(console, 'width', 1000)  # whatever the terminal, and any path
     return importlib.import_module
 
