@@ -152,13 +152,14 @@ def fetch(address: str) -> Path:
     url = f'{place if mirror else BASE_URL}/{file}'
     result = (cache / file).with_suffix('.pth')
     try:
-        if not _made_from(source, result):
-            if source.parent == cache:
-                download(url, source, lambda file: _read(file, name))
-            with alone(result):
-                if not _made_from(source, result):
-                    _convert(source, result, name)
+        if source.parent == cache:
+            download(url, source, lambda file: _read(file, name))
+        _check_present(source)
         size, digest = source.stat().st_size, sha256(source)
+        if not _made_from(digest, result):
+            with alone(result):
+                if not _made_from(digest, result):
+                    _convert(source, digest, result, name)
     except (OSError, UserError) as error:
         raise UserError(
             f'{error}. What to do: fetch {BASE_URL}/{file} on a machine with '
@@ -172,13 +173,21 @@ def fetch(address: str) -> Path:
     return result
 
 
-def _made_from(source: Path, result: Path) -> bool:
-    """Whether a converted file is there, whole, and of this very source."""
-    if not (source.is_file() and result.is_file()):
+def _check_present(source: Path) -> None:
+    if not source.is_file():
+        found = ', '.join(
+            sorted(file.name for file in source.parent.glob('*.pdparams'))
+        )
+        raise UserError(f'{source} does not exist (there: {found or "no .pdparams"})')
+
+
+def _made_from(digest: str, result: Path) -> bool:
+    """Whether a converted file is there, whole, and of the source with this sha256."""
+    if not result.is_file():
         return False
     try:
         meta = torch.load(result, 'cpu', weights_only=True)['meta']
-        return meta['converted_from']['sha256'] == sha256(source)
+        return meta['converted_from']['sha256'] == digest
     except Exception:  # whatever it is, it is made again
         return False
 
@@ -208,15 +217,10 @@ def _read(path: Path, name: str) -> dict[str, Tensor]:
     return weights
 
 
-def _convert(source: Path, result: Path, name: str) -> None:
-    if not source.is_file():
-        found = ', '.join(
-            sorted(file.name for file in source.parent.glob('*.pdparams'))
-        )
-        raise UserError(f'{source} does not exist (there: {found or "no .pdparams"})')
+def _convert(source: Path, digest: str, result: Path, name: str) -> None:
     meta = dict(
         mmcls_involution_version=__version__,
-        converted_from=dict(name=source.name, sha256=sha256(source)),
+        converted_from=dict(name=source.name, sha256=digest),
     )
     checkpoint = dict(meta=meta, state_dict=_read(source, name))
     save_beside(checkpoint, result).replace(result)
