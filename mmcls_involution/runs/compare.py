@@ -6,6 +6,8 @@ r"""Compare configs over several seeds, from the work dirs of tools/reproduce.py
     done
     python -m mmcls_involution compare runs/*/CONFIG runs/*/OTHER
 
+Settings of one config are told apart by names: NAME=WORK_DIR.
+
 Prints a Markdown table: mean and sample standard deviation of the test scores, and how
 far each config is from the first. Draws loss and validation scores over the training,
 as means with a band from the lowest to the highest seed, and every test score.
@@ -33,7 +35,7 @@ class Run:
 
     Args:
         folder: Its work dir.
-        config: Name of its config.
+        name: Of its config, or what else it was called.
         seed: Of the training.
         recipe: Fingerprints of the config's parts that decide the training, and the
             number of processes.
@@ -42,15 +44,19 @@ class Run:
     """
 
     folder: Path
-    config: str
+    name: str
     seed: int
     recipe: dict[str, Any]
     scores: dict[str, float]
     log: Log
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path, name: str | None = None) -> Run:
     """Read what tools/reproduce.py has left in a work dir.
+
+    Args:
+        folder: The work dir.
+        name: What to call the run. Defaults to None: as its config.
 
     Raises:
         UserError: If it has left no training with a test of it there, or the scores
@@ -64,7 +70,7 @@ def read_run(folder: Path) -> Run:
         # '[NAME=VALUE ...] python -m mmcls_involution test CONFIG ...'; earlier ones
         # ran tools/test.py, or tools/dist_test.sh
         words = [Path(word) for word in shlex.split(test['command'])]
-        (name, *_) = [w.stem for w in words if w.suffix == '.py' and w.stem != 'test']
+        (config, *_) = [w.stem for w in words if w.suffix == '.py' and w.stem != 'test']
         seed, scores = test['meta']['seed'], test['scores']
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
@@ -83,28 +89,29 @@ def read_run(folder: Path) -> Run:
         )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)
-    return Run(folder, name, seed, recipe, scores, log)
+    return Run(folder, name or config, seed, recipe, scores, log)
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
-    """Sort runs by config, in the order in which they were given.
+    """Sort runs by name, in the order in which they were given.
 
     Raises:
-        UserError: If two runs of a config differ in more than the seed, or in nothing.
+        UserError: If two runs of a name differ in more than the seed, or in nothing.
     """
     configs: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
-        for other in configs[run.config]:
+        for other in configs[run.name]:
             if other.recipe != run.recipe:
                 raise UserError(
-                    f'{other.folder} and {run.folder} have trained {run.config} with '
-                    'different settings: they are no repetitions of one another.'
+                    f'{other.folder} and {run.folder} have trained {run.name} with '
+                    'different settings: they are no repetitions of one another. Name '
+                    'the settings, as NAME=WORK_DIR.'
                 )
             if other.seed == run.seed:
                 raise UserError(
                     f'{other.folder} and {run.folder} have the same seed, {run.seed}.'
                 )
-        configs[run.config].append(run)
+        configs[run.name].append(run)
     return dict(configs)
 
 
@@ -204,7 +211,7 @@ def draw_band(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument(
-        'work_dirs', nargs='+', type=Path, metavar='WORK_DIR', help='one for each run'
+        'work_dirs', nargs='+', metavar='[NAME=]WORK_DIR', help='one for each run'
     )
     parser.add_argument(
         '--out',
@@ -216,7 +223,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``compare``."""
-    configs = group([read_run(folder) for folder in args.work_dirs])
+    runs = []
+    for text in args.work_dirs:
+        name, folder = None, text
+        if '=' in text and not Path(text).is_dir():
+            name, _, folder = text.partition('=')
+        runs.append(read_run(Path(folder), name))
+    configs = group(runs)
     found = {key for runs in configs.values() for run in runs for key in run.scores}
     keys = [key for key in METRICS if key in found]
     if not keys:

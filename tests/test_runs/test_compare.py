@@ -77,6 +77,17 @@ def test_table_and_picture(runs, monkeypatch, tmp_path, capsys):
         assert [bool((panel < 0.02).sum() > 20) for panel in panels] == [True] * 3
 
 
+def test_settings_of_one_config_by_name(monkeypatch, tmp_path, capsys):
+    a, b = (write_run(tmp_path / f'x={lr}', 'c', 0, 30 + lr, lr=lr) for lr in (1, 2))
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, a, b)
+    assert 'NAME=WORK_DIR' in str(stopped.value)
+    call(monkeypatch, f'slow={a}', f'lr 2={b}', '--out', tmp_path / 'p.png')
+    _, _, first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == '| slow | 1 | 31.00 |  |'
+    assert second == '| lr 2 | 1 | 32.00 | +1.00 |'
+
+
 def test_curves_are_those_of_the_logs(runs):
     configs = tool.group([tool.read_run(folder) for folder in runs])
     assert [[run.seed for run in group] for group in configs.values()] == [
