@@ -94,14 +94,20 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
 
     options = options or {}
     known = {*cfg, *_runner_arguments()}
-    for option in options:
+    for option, value in options.items():
         key = option.split('.')[0]
         if key not in known:
             raise UserError(
                 f'--cfg-options {option}: the config has no {key!r}.'
                 + did_you_mean(key, known)
             )
-    cfg.merge_from_dict(options)
+        try:
+            cfg.merge_from_dict({option: value})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f'--cfg-options {option} does not fit the config: {error.args[0]} '
+                'A config of your own, with `_base_` and that part in it, can set it.'
+            ) from error
     for key in set(cfg) - _runner_arguments():
         close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
         if not close or _is_used(key, cfg.text):
