@@ -6,7 +6,6 @@ import hashlib
 import os
 import pickle
 import re
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 
-from mmcls_involution import __main__ as commands
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.models import RedNet
 from mmcls_involution.weights.convert import load_strictly
@@ -41,21 +39,6 @@ model = dict(
 
 Weights = dict[str, torch.Tensor]
 Tool = Callable[..., str]
-
-
-@pytest.fixture
-def tool(monkeypatch) -> Tool:
-    """Run a command; give the message it ended with, '' for success."""
-
-    def run(name: str, *arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        try:
-            commands.run(name)
-        except SystemExit as end:
-            return str(end.code or '')
-        return ''
-
-    return run
 
 
 @pytest.fixture
