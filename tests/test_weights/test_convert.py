@@ -7,7 +7,6 @@ import os
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ import torch
 
 from mmcls_involution.models import RedNet
 
-ROOT = Path(__file__).parents[2]
 CONVERTER, PUBLISHER = 'convert', 'publish'
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
 SLIM_CONFIG = """
@@ -34,7 +32,6 @@ model = dict(
 """
 
 Weights = dict[str, torch.Tensor]
-Tool = Callable[..., str]
 
 
 @pytest.fixture
