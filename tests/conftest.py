@@ -7,6 +7,8 @@ import importlib
 import json
 import os
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 # One thread each: pytest-xdist has a worker per core already, and threads that wait for
@@ -23,10 +25,12 @@ if not torch.cuda.is_available():
     # Triton reads it when it is imported; without a GPU its interpreter runs kernels.
     os.environ['TRITON_INTERPRET'] = '1'
 
+from mmcls_involution import __main__ as commands
 from mmcls_involution import compat
 
 compat.apply()  # toolboxes can be imported, whichever test runs first
 
+ROOT = Path(__file__).parents[1]
 COCO_CLASSES = ('square', 'bar')
 
 
@@ -58,6 +62,52 @@ def upstream_metafiles_are_parsed_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(config_utils, 'load', functools.cache(config_utils.load))
         yield
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Run a command in this process; the message it ended with, '' for success."""
+
+    def run(name: str, *arguments: object) -> str:
+        from mmengine.utils import ManagerMixin
+
+        classes = [ManagerMixin]
+        while classes:  # MMEngine keeps loggers and visualizers for the whole process
+            cls = classes.pop()
+            cls._instance_dict.clear()
+            classes += cls.__subclasses__()
+        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
+        try:
+            commands.run(name)
+        except SystemExit as end:
+            return str(end.code or '')
+        return ''
+
+    return run
+
+
+@pytest.fixture
+def tool(
+    command: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> Callable[..., str]:
+    """Run a command on a config of tests/tiny, or on the config given first."""
+    tasks = dict(
+        detector=('mmdet', 'coco_root'),
+        segmenter=('mmseg', 'seg_root'),
+        classifier=('mmpretrain', 'cls_root'),
+    )
+
+    def run(name: str, task: str, *arguments: object) -> str:
+        library, data = tasks[task]
+        pytest.importorskip(library)
+        monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(data)))
+        if Path(*arguments[:1]).suffix != '.py':
+            arguments = (ROOT / 'tests' / 'tiny' / f'{task}.py', *arguments)
+        return command(name, *arguments)
+
+    return run
 
 
 def _rng() -> np.random.Generator:

@@ -28,6 +28,7 @@ from mmcls_involution.weights.files import (
     identity,
     is_pretrained,
     starting_points,
+    write_text,
 )
 
 # What decides the result of a training, and of a test.
@@ -69,10 +70,8 @@ class Job:
     def remember(self, step: str, **facts: Any) -> None:
         """Note on disk what a step has done."""
         self.record[step] = facts
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / 'record.json.part'
-        part.write_text(json.dumps(self.record, indent=1, default=str))
-        part.replace(self.folder / 'record.json')
+        text = json.dumps(self.record, indent=1, default=str)
+        write_text(self.folder / 'record.json', text)
 
 
 @contextlib.contextmanager

@@ -43,7 +43,7 @@ from mmcls_involution.weights.files import (
     check_output,
     plain,
     read_checkpoint,
-    save_beside,
+    save,
     sha256,
 )
 from mmcls_involution.weights.fit import Fit, Misfit
@@ -228,7 +228,7 @@ def convert(src: Path, dst: Path, cfg: Config) -> None:
     )
     if classes:  # of which libraries make labels; without it they guess
         published['dataset_meta'] = classes
-    save_beside(dict(meta=published, state_dict=state), dst).replace(dst)
+    save(dict(meta=published, state_dict=state), dst)
     print(f'result  {dst}\n        sha256 {sha256(dst)}')
 
 

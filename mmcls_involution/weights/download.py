@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout  # torch needs it, too
 from mmengine.logging import print_log
 
 from mmcls_involution.engine.errors import UserError
+from mmcls_involution.weights.files import put_in_place
 
 PATIENCE = 60  # seconds without a byte from the server
 
@@ -71,7 +72,7 @@ def download(url: str, path: Path, check: Callable[[Path], Any]) -> None:
             socket.setdefaulttimeout(PATIENCE)  # torch.hub would wait for ever
             torch.hub.download_url_to_file(url, str(unchecked))
             check(unchecked)
-            unchecked.replace(path)
+            put_in_place(unchecked, path)
         except (HTTPException, OSError, UserError, ValueError) as error:
             reason = str(error).replace(str(unchecked), 'what came')
             raise UserError(f'cannot download {url}: {reason}') from None

@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -212,27 +213,36 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def save_beside(checkpoint: dict[str, Any], path: Path) -> Path:
-    """Write a checkpoint to a hidden file beside ``path``, and give that file.
+def save(
+    checkpoint: dict[str, Any], path: Path, name: Callable[[Path], Path] | None = None
+) -> Path:
+    """Write a checkpoint, whole or not at all. The same content gives the same bytes.
 
-    Renaming it to ``path`` cannot fail half-way. The same content gives the same bytes.
+    Args:
+        checkpoint (dict): What loads weights-only.
+        path (Path): The file.
+        name (Callable, optional): Gives the file's path instead, once it is written
+            under another name, which is the argument.
+
+    Returns:
+        Path: The file.
 
     Raises:
-        OSError, UserError: If it cannot be written; nothing is left behind then.
+        OSError, UserError: If it cannot be written, or has no name; nothing is left
+            behind then.
     """
     partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
         # As an open file: torch would write the name of a path into the file.
         with partial.open('wb') as file:
             torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException as error:
+        path = name(partial) if name else path
+        put_in_place(partial, path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise UserError(f'cannot write {path}: {error}') from error
+    finally:
         partial.unlink(missing_ok=True)
-        if isinstance(error, RuntimeError):  # torch's word for a full disk
-            raise UserError(f'cannot write {path}: {error}') from error
-        raise
-    return partial
+    return path
 
 
 def put_in_place(partial: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmcls_involution import __version__
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.weights.download import alone, cache_folder, download
-from mmcls_involution.weights.files import save_beside, sha256
+from mmcls_involution.weights.files import save, sha256
 from mmcls_involution.weights.fit import Fit
 
 SCHEME = 'paddleclas://'
@@ -222,5 +222,4 @@ def _convert(source: Path, digest: str, result: Path, name: str) -> None:
         mmcls_involution_version=__version__,
         converted_from=dict(name=source.name, sha256=digest),
     )
-    checkpoint = dict(meta=meta, state_dict=_read(source, name))
-    save_beside(checkpoint, result).replace(result)
+    save(dict(meta=meta, state_dict=_read(source, name)), result)

@@ -22,7 +22,7 @@ from mmcls_involution.weights.files import (
     check_output,
     plain,
     read_checkpoint,
-    save_beside,
+    save,
     sha256,
 )
 
@@ -82,18 +82,18 @@ def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
     stem = out_file.with_suffix('') if out_file.suffix == '.pth' else out_file
     # detached: a Parameter is not a plain tensor
     state = {name: value.detach() for name, value in weights.items()}
-    partial = save_beside(dict(meta=meta, state_dict=state), stem)
-    try:
-        digest = sha256(partial)
+
+    def by_content(file: Path) -> Path:
+        digest = sha256(file)
         final = stem.with_name(f'{stem.name}-{digest[:8]}.pth')
         if final.exists() and sha256(final) != digest:
             raise UserError(f'{final} exists and is another file: move it away')
-        partial.replace(final)
-    finally:
-        partial.unlink(missing_ok=True)
+        return final
+
+    final = save(dict(meta=meta, state_dict=state), stem, by_content)
     left_out = sorted(checkpoint.keys() - {'meta', 'state_dict'})
     print(f'left out: {", ".join(left_out) or "nothing"}')
-    print(f'{final}\nsha256 {digest}')
+    print(f'{final}\nsha256 {sha256(final)}')
     return final
 
 

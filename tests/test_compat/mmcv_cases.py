@@ -1,8 +1,8 @@
 """Calls of mmcv's operators whose results by compiled mmcv are kept.
 
-``python tests/test_compat/mmcv_cases.py`` in an environment with compiled mmcv writes
-``tests/golden/mmcv.npz`` anew. It was made by mmcv 2.1.0, compiled for torch 2.13 on a
-CPU.
+``python tests/test_compat/mmcv_cases.py`` in an environment with compiled mmcv and
+pytest writes ``tests/golden/mmcv.npz`` anew. It was made by mmcv 2.1.0, compiled for
+torch 2.13 on a CPU.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 GOLDEN = Path(__file__).parents[1] / 'golden' / 'mmcv.npz'
 Call = Callable[[], list[Tensor]]
+# For tests with the fixture `operators`.
+both_lanes = pytest.mark.parametrize(
+    'operators', ['torch', 'torchvision'], indirect=True
+)
 
 
 def boxes(rng: np.random.Generator, n: int, size: float) -> Tensor:
@@ -26,6 +31,12 @@ def boxes(rng: np.random.Generator, n: int, size: float) -> Tensor:
 
 def normal(rng: np.random.Generator, *shape: int) -> Tensor:
     return torch.from_numpy(rng.normal(size=shape).astype(np.float32))
+
+
+def random_rois(rng: np.random.Generator, n: int, size: float) -> Tensor:
+    """Boxes of two images, after the number of the image: ``[n, 5]``."""
+    index = torch.from_numpy(rng.integers(0, 2, (n, 1))).float()
+    return torch.cat([index, boxes(rng, n, size)], 1)
 
 
 def with_gradients(

@@ -34,39 +34,25 @@ def ran() -> list[list[str]]:
 
 
 @pytest.fixture
-def reproduce(ran, monkeypatch) -> Callable[..., str]:
-    """Call the command line; returns the message it ended with, '' for success."""
+def reproduce(ran, command) -> Callable[..., str]:
+    """Run the command ``reproduce``; see ``command``."""
 
     def run(*arguments: object) -> str:
         ran.clear()
-        monkeypatch.setattr(sys, 'argv', ['reproduce', *map(str, arguments)])
-        try:
-            commands.run('reproduce')
-        except SystemExit as end:
-            return str(end.code or '')
-        return ''
+        return command('reproduce', *arguments)
 
     return run
 
 
 @pytest.fixture
-def real_tools(ran, monkeypatch) -> None:
+def real_tools(ran, command, monkeypatch) -> None:
     """Let the tools run in this process, which saves their imports."""
 
-    def call(name: str, command: list[str], *_: object, **__: object) -> None:
-        ran.append(command)
-        classes = [import_module('mmengine.utils').ManagerMixin]
-        while classes:  # MMEngine keeps loggers and visualizers for the whole process
-            cls = classes.pop()
-            cls._instance_dict.clear()
-            classes += cls.__subclasses__()
-        assert command[:4] == ['python', '-m', 'mmcls_involution', name]
-        monkeypatch.setattr(sys, 'argv', command[3:])
-        try:
-            commands.run(name)
-        except SystemExit as end:
-            if end.code:
-                raise tool.StepError(str(end.code)) from None
+    def call(name: str, words: list[str], *_: object, **__: object) -> None:
+        ran.append(words)
+        assert words[:4] == ['python', '-m', 'mmcls_involution', name]
+        if message := command(*words[3:]):
+            raise tool.StepError(message)
 
     monkeypatch.setattr(tool, 'call', call)
     # The layout of the configs that MMEngine writes: a third of the time of a tiny run.

@@ -6,23 +6,15 @@ import hashlib
 import os
 import pickle
 import re
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 
-from mmcls_involution import __main__ as commands
-from mmcls_involution.engine.errors import UserError
 from mmcls_involution.models import RedNet
-from mmcls_involution.weights.convert import load_strictly
 
-ROOT = Path(__file__).parents[2]
 CONVERTER, PUBLISHER = 'convert', 'publish'
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
 SLIM_CONFIG = """
@@ -40,22 +32,6 @@ model = dict(
 """
 
 Weights = dict[str, torch.Tensor]
-Tool = Callable[..., str]
-
-
-@pytest.fixture
-def tool(monkeypatch) -> Tool:
-    """Run a command; give the message it ended with, '' for success."""
-
-    def run(name: str, *arguments: str | Path) -> str:
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
-        try:
-            commands.run(name)
-        except SystemExit as end:
-            return str(end.code or '')
-        return ''
-
-    return run
 
 
 @pytest.fixture
@@ -142,11 +118,13 @@ def wrapped(weights: Weights) -> dict:
     ],
     ids=['whole', 'wrapped', 'module', 'backbone', 'bare', 'module-bare', 'module-bb'],
 )
-def test_every_form_of_the_same_weights(form, weights, config, tool, tmp_path, capsys):
+def test_every_form_of_the_same_weights(
+    form, weights, config, command, tmp_path, capsys
+):
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     content = form(weights)
     torch.save(content, src)
-    assert tool(CONVERTER, src, dst, '--config', config) == ''
+    assert command(CONVERTER, src, dst, '--config', config) == ''
 
     result = load_anywhere(dst)
     alone = not any('head.' in name for name in content.get('state_dict', content))
@@ -163,10 +141,10 @@ def test_every_form_of_the_same_weights(form, weights, config, tool, tmp_path, c
     assert sorted(os.listdir(tmp_path)) == ['official.pth', 'ours.pth', 'slim.py']
 
 
-def test_result_is_what_init_cfg_loads(weights, config, tool, tmp_path):
+def test_result_is_what_init_cfg_loads(weights, config, command, tmp_path):
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     torch.save(renamed(backbone_of(weights), 'backbone.', ''), src)
-    assert tool(CONVERTER, src, dst, '--config', config) == ''
+    assert command(CONVERTER, src, dst, '--config', config) == ''
     init_cfg = dict(type='Pretrained', checkpoint=str(dst), prefix='backbone.')
     model = RedNet(**SLIM, init_cfg=init_cfg)
     model.init_weights()
@@ -174,11 +152,13 @@ def test_result_is_what_init_cfg_loads(weights, config, tool, tmp_path):
     assert same(state, backbone_of(weights))
 
 
-def test_counters_of_batch_norm_may_be_missing(weights, config, tool, tmp_path, capsys):
+def test_counters_of_batch_norm_may_be_missing(
+    weights, config, command, tmp_path, capsys
+):
     src, dst = tmp_path / 'old.pth', tmp_path / 'ours.pth'
     counters = {n for n in weights if n.endswith('num_batches_tracked')}
     torch.save({n: v for n, v in weights.items() if n not in counters}, src)
-    assert tool(CONVERTER, src, dst, '--config', config) == ''
+    assert command(CONVERTER, src, dst, '--config', config) == ''
     result = load_anywhere(dst)['state_dict']
     assert same({n: v for n, v in result.items() if n not in counters}, {
         n: v for n, v in weights.items() if n not in counters
@@ -189,22 +169,22 @@ def test_counters_of_batch_norm_may_be_missing(weights, config, tool, tmp_path, 
     )
 
 
-def refused(tool, tmp_path, content: object, config: Path) -> str:
+def refused(command, tmp_path, content: object, config: Path) -> str:
     """The message of a conversion that must leave nothing behind."""
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     if not src.exists():
         torch.save(content, src)
     before = sorted(os.listdir(tmp_path))
-    message = tool(CONVERTER, src, dst, '--config', config)
+    message = command(CONVERTER, src, dst, '--config', config)
     assert sorted(os.listdir(tmp_path)) == before
     return message
 
 
-def test_all_that_does_not_fit_is_listed(weights, config, tool, tmp_path):
+def test_all_that_does_not_fit_is_listed(weights, config, command, tmp_path):
     del weights['backbone.layer2.1.conv2.conv1.bn.running_var']
     weights['backbone.layer2.1.conv2.conv1.weight'] = torch.rand(1)
     weights['head.fc.bias'] = torch.rand(3)
-    message = refused(tool, tmp_path, weights, config)
+    message = refused(command, tmp_path, weights, config)
     assert message.startswith('Error: ') and 'official.pth' in message
     listed = re.findall(r'(\d+ .*:)\n  (.*)', message)
     assert listed == [
@@ -215,9 +195,9 @@ def test_all_that_does_not_fit_is_listed(weights, config, tool, tmp_path):
     assert '--config must be the config of the very model' in message
 
 
-def test_long_lists_are_cut(config, tool, tmp_path):
+def test_long_lists_are_cut(config, command, tmp_path):
     state = RedNet(**{**SLIM, 'depth': 38}).state_dict()
-    message = refused(tool, tmp_path, state, config)
+    message = refused(command, tmp_path, state, config)
     missing = set(state) - set(RedNet(**SLIM).state_dict())
     assert f'{len(missing)} of no use:' in message
     assert f'  ... and {len(missing) - 20} more' in message
@@ -225,11 +205,11 @@ def test_long_lists_are_cut(config, tool, tmp_path):
 
 @pytest.mark.parametrize('form', [wrapped, backbone_of])
 def test_a_larger_stem_takes_the_weights(
-    form, weights, config7, tool, tmp_path, capsys
+    form, weights, config7, command, tmp_path, capsys
 ):
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     torch.save(form(weights), src)
-    assert tool(CONVERTER, src, dst, '--config', config7) == ''
+    assert command(CONVERTER, src, dst, '--config', config7) == ''
     assert 'stem_kernel_size 3' in capsys.readouterr().out  # what the source has
     name = 'backbone.stem.1.conv2.conv.bias'
     taps = load_anywhere(dst)['state_dict'][name].view(7, 7)
@@ -237,15 +217,15 @@ def test_a_larger_stem_takes_the_weights(
     assert taps.count_nonzero() == weights[name].count_nonzero()
 
 
-def test_a_smaller_stem_is_refused_with_the_reason(config, tool, tmp_path):
+def test_a_smaller_stem_is_refused_with_the_reason(config, command, tmp_path):
     state = RedNet(**SLIM, stem_kernel_size=7).state_dict()
-    message = refused(tool, tmp_path, state, config)
+    message = refused(command, tmp_path, state, config)
     assert 'their stem involutions differ' in message
     assert 'official ImageNet models have stem_kernel_size=3' in message
 
 
 @pytest.mark.parametrize('name', ['a.pdparams', 'a.pth'])
-def test_sources_elsewhere(name, weights, config, tool, tmp_path, monkeypatch):
+def test_sources_elsewhere(name, weights, config, command, tmp_path, monkeypatch):
     (tmp_path / 'served').mkdir()
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     if name == 'a.pth':
@@ -264,36 +244,36 @@ def test_sources_elsewhere(name, weights, config, tool, tmp_path, monkeypatch):
         (tmp_path / 'served' / name).write_bytes(pickle.dumps(paddle))
     url = f'file://{tmp_path}/served/{name}'  # the real server is test_paddleclas.py's
     by_url, by_path = tmp_path / 'by_url.pth', tmp_path / 'by_path.pth'
-    assert tool(CONVERTER, url, by_url, '--config', config) == ''
+    assert command(CONVERTER, url, by_url, '--config', config) == ''
     source = tmp_path / 'served' / name
-    assert tool(CONVERTER, source, by_path, '--config', config) == ''
+    assert command(CONVERTER, source, by_path, '--config', config) == ''
     assert by_url.read_bytes() == by_path.read_bytes()
     found = load_anywhere(by_path)['state_dict']
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         if value.is_floating_point():
             assert torch.equal(found[name], value)
-    gone = tool(CONVERTER, f'{url}.pth', tmp_path / 'new.pth', '--config', config)
+    gone = command(CONVERTER, f'{url}.pth', tmp_path / 'new.pth', '--config', config)
     assert 'cannot download file://' in gone
 
 
 def test_says_whether_a_file_is_the_published_one(
-    weights, config, tool, tmp_path, capsys
+    weights, config, command, tmp_path, capsys
 ):
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     torch.save(weights, src)
     named = tmp_path / f'rednet26-{digest(src)[:8]}.pth'
     src.rename(named)
-    assert tool(CONVERTER, named, dst, '--config', config) == ''
+    assert command(CONVERTER, named, dst, '--config', config) == ''
     assert 'the published file: its name has the hash' in capsys.readouterr().out
     other = named.rename(tmp_path / 'rednet26-4948f75f.pth')
-    assert tool(CONVERTER, other, dst, '--config', config, '--overwrite') == ''
+    assert command(CONVERTER, other, dst, '--config', config, '--overwrite') == ''
     text = capsys.readouterr().out
     assert 'not the published file rednet26-4948f75f.pth' in text
     assert 'begins with 4948f75f' in text
 
 
-def test_classifier_for_a_detector(weights, tool, tmp_path):
+def test_classifier_for_a_detector(weights, command, tmp_path):
     config = tmp_path / 'detector.py'
     text = SLIM_CONFIG[: SLIM_CONFIG.index('    neck=')].format(stem=3)
     text = text.replace('mmpretrain', 'mmdet')
@@ -301,7 +281,7 @@ def test_classifier_for_a_detector(weights, tool, tmp_path):
     config.write_text(
         f"{text}bbox_head=dict(type='RetinaHead', num_classes=2, in_channels=512))"
     )
-    message = refused(tool, tmp_path, weights, config)
+    message = refused(command, tmp_path, weights, config)
     assert 'missing:\n  bbox_head.cls_convs.0.conv.weight' in message
     assert '2 of no use:\n  head.fc.weight\n  head.fc.bias' in message
     assert 'These are weights of a classifier' in message and 'REDNET50' in message
@@ -316,8 +296,8 @@ def test_classifier_for_a_detector(weights, tool, tmp_path):
         (dict(conv1=torch.rand(1)), 'these are no weights of RedNet'),
     ],
 )
-def test_files_without_weights(content, reason, config, tool, tmp_path):
-    assert re.search(reason, refused(tool, tmp_path, content, config))
+def test_files_without_weights(content, reason, config, command, tmp_path):
+    assert re.search(reason, refused(command, tmp_path, content, config))
 
 
 class Bomb:
@@ -325,30 +305,30 @@ class Bomb:
         return os.system, ('true',)
 
 
-def test_file_that_would_run_code(weights, config, tool, tmp_path):
-    message = refused(tool, tmp_path, dict(state_dict=weights, meta=Bomb()), config)
+def test_file_that_would_run_code(weights, config, command, tmp_path):
+    message = refused(command, tmp_path, dict(state_dict=weights, meta=Bomb()), config)
     assert 'Refused to load' in message and 'system' in message
     assert "['state_dict'], NEW_PATH)" in message  # the way out
 
 
-def test_torn_file(weights, config, tool, tmp_path):
+def test_torn_file(weights, config, command, tmp_path):
     src = tmp_path / 'official.pth'
     torch.save(weights, src)
     src.write_bytes(src.read_bytes()[:-1000])
-    assert 'is not a complete checkpoint' in refused(tool, tmp_path, None, config)
+    assert 'is not a complete checkpoint' in refused(command, tmp_path, None, config)
 
 
-def test_nothing_is_overwritten_unasked(weights, config, tool, tmp_path):
+def test_nothing_is_overwritten_unasked(weights, config, command, tmp_path):
     src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
     torch.save(weights, src)
     dst.write_text('precious')
-    assert '--overwrite' in tool(CONVERTER, src, dst, '--config', config)
+    assert '--overwrite' in command(CONVERTER, src, dst, '--config', config)
     assert dst.read_text() == 'precious'
-    assert tool(CONVERTER, src, dst, '--config', config, '--overwrite') == ''
+    assert command(CONVERTER, src, dst, '--config', config, '--overwrite') == ''
     assert same(load_anywhere(dst)['state_dict'], weights)
 
 
-def test_full_disk_leaves_nothing(weights, config, tool, tmp_path, monkeypatch):
+def test_full_disk_leaves_nothing(weights, config, command, tmp_path, monkeypatch):
     def fail(content, file):
         file.write(b'half')
         raise RuntimeError('unexpected pos 64 vs 0')
@@ -357,7 +337,7 @@ def test_full_disk_leaves_nothing(weights, config, tool, tmp_path, monkeypatch):
     torch.save(weights, src)
     dst.write_text('precious')
     monkeypatch.setattr(torch, 'save', fail)
-    message = tool(CONVERTER, src, dst, '--config', config, '--overwrite')
+    message = command(CONVERTER, src, dst, '--config', config, '--overwrite')
     assert re.search('cannot write .*ours.pth: unexpected pos', message)
     assert dst.read_text() == 'precious'
     assert sorted(os.listdir(tmp_path)) == ['official.pth', 'ours.pth', 'slim.py']
@@ -371,191 +351,17 @@ def test_full_disk_leaves_nothing(weights, config, tool, tmp_path, monkeypatch):
         (('official.pth', 'no/ours.pth'), 'does not exist: make it'),
     ],
 )
-def test_paths(arguments, reason, weights, config, tool, tmp_path, monkeypatch):
+def test_paths(arguments, reason, weights, config, command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save(weights, 'official.pth')
-    assert re.search(reason, tool(CONVERTER, *arguments, '--config', config))
+    assert re.search(reason, command(CONVERTER, *arguments, '--config', config))
 
 
-def test_config_without_rednet(weights, config, tool, tmp_path):
+def test_config_without_rednet(weights, config, command, tmp_path):
     config.write_text(config.read_text().replace("'RedNet', depth=26", "'ResNet'"))
     assert 'no model with the backbone RedNet' in refused(
-        tool, tmp_path, weights, config
+        command, tmp_path, weights, config
     )
-
-
-# ------------------------------------------------- whole models of mmdet 2.x, mmseg 0.x
-
-
-def conv(name: str, after: int, before: int, size: int = 3, bias: bool = True) -> dict:
-    shapes = {f'{name}.weight': (after, before, size, size)}
-    return shapes | ({f'{name}.bias': (after,)} if bias else {})
-
-
-def norm(name: str, channels: int) -> dict:
-    names = ('weight', 'bias', 'running_mean', 'running_var')
-    shapes = {f'{name}.{n}': (channels,) for n in names}
-    return shapes | {f'{name}.num_batches_tracked': ()}
-
-
-def block(name: str, after: int, before: int, size: int = 3) -> dict:
-    """A ConvModule with norm."""
-    return conv(f'{name}.conv', after, before, size, bias=False) | norm(
-        f'{name}.bn', after
-    )
-
-
-def involution(name: str, channels: int = 256) -> dict:
-    return {
-        **conv(f'{name}.conv1.conv', channels // 4, channels, 1, bias=False),
-        **norm(f'{name}.conv1.bn', channels // 4),
-        **conv(f'{name}.conv2.conv', 49 * channels // 16, channels // 4, 1),
-    }
-
-
-def linear(name: str, after: int, before: int) -> dict:
-    return {f'{name}.weight': (after, before), f'{name}.bias': (after,)}
-
-
-def merge(parts: Iterator[dict]) -> dict:
-    return {name: shape for part in parts for name, shape in part.items()}
-
-
-LEVELS = (256, 512, 1024, 2048)
-
-
-def fpn(inv: bool, levels=LEVELS, extra: bool = False) -> dict:
-    out = [
-        involution(f'neck.fpn_convs.{i}')
-        if inv
-        else conv(f'neck.fpn_convs.{i}.conv', 256, 256)
-        for i in range(len(levels))
-    ]
-    if extra:
-        out += [
-            conv(f'neck.fpn_convs.{3 + i}.conv', 256, c)
-            for i, c in ((0, 2048), (1, 256))
-        ]
-    laterals = [
-        conv(f'neck.lateral_convs.{i}.conv', 256, c, 1) for i, c in enumerate(levels)
-    ]
-    return merge([*laterals, *out])
-
-
-def faster_rcnn(inv_neck: bool, inv_head: bool) -> dict:
-    rpn = 'rpn_head.rpn_'
-    box = 'roi_head.bbox_head.'
-    return {
-        **fpn(inv_neck),
-        **(involution(f'{rpn}conv') if inv_head else conv(f'{rpn}conv', 256, 256)),
-        **conv(f'{rpn}cls', 3, 256, 1),
-        **conv(f'{rpn}reg', 12, 256, 1),
-        **linear(f'{box}shared_fcs.0', 1024, 256 * 49),
-        **linear(f'{box}shared_fcs.1', 1024, 1024),
-        **linear(f'{box}fc_cls', 81, 1024),
-        **linear(f'{box}fc_reg', 320, 1024),
-    }
-
-
-def mask_rcnn(inv_neck: bool, inv_head: bool) -> dict:
-    mask = 'roi_head.mask_head.'
-    convs = [
-        involution(f'{mask}convs.{i}.0')
-        if inv_head
-        else conv(f'{mask}convs.{i}.conv', 256, 256)
-        for i in range(4)
-    ]
-    return {
-        **faster_rcnn(inv_neck, inv_head),
-        **merge(convs),
-        **conv(f'{mask}upsample', 256, 256, 2),
-        **conv(f'{mask}conv_logits', 80, 256, 1),
-    }
-
-
-def retinanet(inv_neck: bool) -> dict:
-    towers = [
-        conv(f'bbox_head.{tower}_convs.{i}.conv', 256, 256)
-        for tower in ('cls', 'reg')
-        for i in range(4)
-    ]
-    return {
-        **fpn(inv_neck, LEVELS[1:], extra=True),
-        **merge(towers),
-        **conv('bbox_head.retina_cls', 720, 256),
-        **conv('bbox_head.retina_reg', 36, 256),
-    }
-
-
-def semantic_fpn(inv_neck: bool) -> dict:
-    places = ('0.0', '1.0', '2.0', '2.2', '3.0', '3.2', '3.4')
-    heads = [
-        block(f'decode_head.scale_heads.{p}', 128, 256 if p[-1] == '0' else 128)
-        for p in places
-    ]
-    return {
-        **fpn(inv_neck),
-        **merge(heads),
-        **conv('decode_head.conv_seg', 19, 128, 1),
-    }
-
-
-def upernet() -> dict:
-    head = 'decode_head.'
-    return {
-        **merge(block(f'{head}psp_modules.{i}.1', 512, 2048, 1) for i in range(4)),
-        **block(f'{head}bottleneck', 512, 2048 + 4 * 512),
-        **merge(block(f'{head}lateral_convs.{i}', 512, LEVELS[i], 1) for i in range(3)),
-        **merge(block(f'{head}fpn_convs.{i}', 512, 512) for i in range(3)),
-        **block(f'{head}fpn_bottleneck', 512, 2048),
-        **conv(f'{head}conv_seg', 19, 512, 1),
-        **block('auxiliary_head.convs.0', 256, 1024),
-        **conv('auxiliary_head.conv_seg', 19, 256, 1),
-    }
-
-
-INVOLUTION_NECK = {'model.neck.type': 'InvolutionFPN'}
-INVOLUTION_HEAD = {'model.rpn_head.type': 'InvolutionRPNHead'}
-
-
-@pytest.mark.parametrize(
-    'name, options, shapes',
-    [
-        ('coco/faster-rcnn_rednet50_fpn_1x_coco', {}, faster_rcnn(False, False)),
-        (
-            'coco/mask-rcnn_rednet50_fpn_1x_coco',
-            {
-                **INVOLUTION_NECK,
-                **INVOLUTION_HEAD,
-                'model.roi_head.mask_head.type': 'InvolutionFCNMaskHead',
-            },
-            mask_rcnn(True, True),
-        ),
-        ('coco/retinanet_rednet50_fpn_1x_coco', INVOLUTION_NECK, retinanet(True)),
-        (
-            'cityscapes/fpn_rednet50_4xb2-80k_cityscapes-512x1024',
-            INVOLUTION_NECK,
-            semantic_fpn(True),
-        ),
-        ('cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024', {}, upernet()),
-    ],
-)
-def test_models_of_the_paper_take_the_official_names(name, options, shapes):
-    """The names that mmdet 2.x and mmseg 0.x give to all but the backbone."""
-    cfg = Config.fromfile(ROOT / 'configs' / f'{name}.py')
-    cfg.merge_from_dict(options)
-    init_default_scope(cfg.default_scope)
-    model = MODELS.build(cfg.model)
-    backbone = RedNet(50, stem_kernel_size=7).state_dict()
-    shapes = shapes | {f'backbone.{n}': tuple(v.shape) for n, v in backbone.items()}
-    # One number each, however large: only names and shapes matter here.
-    weights = {n: torch.tensor(0.5).expand(shape) for n, shape in shapes.items()}
-    assert load_strictly(model, weights, '') == 0
-    assert all(p.eq(0.5).all() for p in model.parameters())
-
-    part = next(iter(shapes))
-    with pytest.raises(UserError, match=f'1 missing:\n  {part}'):
-        load_strictly(model, {n: v for n, v in weights.items() if n != part}, '')
 
 
 # ------------------------------------------------------------------------------ publish
@@ -588,10 +394,10 @@ def published(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize('name', ['small', 'small.pth'])
-def test_publish(name, weights, tool, tmp_path, capsys):
+def test_publish(name, weights, command, tmp_path, capsys):
     torch.save(trained(weights), tmp_path / 'epoch_12.pth')
     for _ in range(2):  # the second time there is nothing to do
-        assert tool(PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / name) == ''
+        assert command(PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / name) == ''
     path = published(tmp_path)
     result = load_anywhere(path)
     assert same(result['state_dict'], weights)
@@ -613,9 +419,9 @@ def test_publish(name, weights, tool, tmp_path, capsys):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_publish_a_bare_state_dict(weights, tool, tmp_path):
+def test_publish_a_bare_state_dict(weights, command, tmp_path):
     torch.save(renamed(weights, '', 'module.'), tmp_path / 'bare.pth')
-    assert tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
+    assert command(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
     assert same(load_anywhere(published(tmp_path))['state_dict'], weights)
 
 
@@ -645,37 +451,39 @@ def averaged(tmp_path) -> tuple[Path, Weights, Weights]:
     return tmp_path / 'ema.pth', average, trained
 
 
-def test_publish_averaged_weights(averaged, tool, tmp_path):
+def test_publish_averaged_weights(averaged, command, tmp_path):
     file, average, _ = averaged
-    assert tool(PUBLISHER, file, tmp_path / 'small') == ''
+    assert command(PUBLISHER, file, tmp_path / 'small') == ''
     assert same(load_anywhere(published(tmp_path))['state_dict'], average)
 
 
-def test_publish_weights_that_are_not_averaged(averaged, tool, tmp_path):
+def test_publish_weights_that_are_not_averaged(averaged, command, tmp_path):
     file, _, trained = averaged
-    assert tool(PUBLISHER, file, tmp_path / 'small', '--no-ema') == ''
+    assert command(PUBLISHER, file, tmp_path / 'small', '--no-ema') == ''
     assert same(load_anywhere(published(tmp_path))['state_dict'], trained)
 
 
-def test_no_ema_needs_ema(weights, tool, tmp_path):
+def test_no_ema_needs_ema(weights, command, tmp_path):
     torch.save(trained(weights), tmp_path / 'epoch_12.pth')
-    message = tool(PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / 'small', '--no-ema')
+    message = command(
+        PUBLISHER, tmp_path / 'epoch_12.pth', tmp_path / 'small', '--no-ema'
+    )
     assert 'has no ema_state_dict' in message
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_publish_overwrites_no_other_file(weights, tool, tmp_path):
+def test_publish_overwrites_no_other_file(weights, command, tmp_path):
     torch.save(weights, tmp_path / 'bare.pth')
-    assert tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
+    assert command(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small') == ''
     path = published(tmp_path)
     path.write_text('damaged')
-    message = tool(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small')
+    message = command(PUBLISHER, tmp_path / 'bare.pth', tmp_path / 'small')
     assert 'exists and is another file' in message
     assert path.read_text() == 'damaged'
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_publish_refuses_code(weights, tool, tmp_path):
+def test_publish_refuses_code(weights, command, tmp_path):
     torch.save(dict(state_dict=weights, meta=Bomb()), tmp_path / 'bad.pth')
-    assert 'Refused to load' in tool(PUBLISHER, tmp_path / 'bad.pth', tmp_path / 'x')
+    assert 'Refused to load' in command(PUBLISHER, tmp_path / 'bad.pth', tmp_path / 'x')
     assert len(list(tmp_path.iterdir())) == 1

@@ -1,15 +1,10 @@
 # A detector from scratch in 24 epochs, with upstream's runtime of MMDetection. The
 # length of the last scheduler is that of the training: a config that trains for
 # another number of epochs sets both, as configs/demo does.
+_base_ = 'adamw.py'
+
 max_epochs = 24
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=10),
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(

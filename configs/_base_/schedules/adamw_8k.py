@@ -1,14 +1,9 @@
 # A segmenter from scratch in 8000 iterations. The hooks are here because MMSegmentation
 # has them in its schedules, not in its runtime.
+_base_ = 'adamw.py'
+
 max_iters = 8000
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=max_iters, val_interval=200)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
-optim_wrapper = dict(
-    type='OptimWrapper',
-    optimizer=dict(type='AdamW', lr=3e-4, weight_decay=0.05),
-    clip_grad=dict(max_norm=10),
-)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(type='PolyLR', power=0.9, begin=100, end=max_iters, by_epoch=False),

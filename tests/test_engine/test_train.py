@@ -1,0 +1,210 @@
+"""Training on tiny real data: what it leaves, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+
+
+@pytest.mark.parametrize('task', ['detector', 'segmenter', 'classifier'])
+def test_train_and_test(task, checkpoint, tool, tmp_path):
+    file = checkpoint(task)
+    state = torch.load(file)
+    assert state['meta']['iter'] == 2
+    assert all(v.isfinite().all() for v in state['state_dict'].values())
+    logs = next(file.parent.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    losses = [json.loads(line)['loss'] for line in logs if '"loss"' in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+
+    out = tmp_path / 'metrics.json'
+    assert (
+        tool(
+            'test', task, file, '--work-dir', tmp_path / 'work',
+            '--out', out, '--out-item', 'metrics',
+        )
+        == ''
+    )  # fmt: skip
+    saved = json.loads(out.read_text())
+    (file,) = (tmp_path / 'work').glob('*/*.json')
+    scores = json.loads(file.read_text())
+    assert saved and saved.items() <= scores.items()
+
+
+def test_a_new_run_keeps_the_checkpoints_of_the_earlier_one(checkpoint, tool, tmp_path):
+    work = tmp_path / 'work'
+    shutil.copytree(checkpoint('segmenter').parent, work)
+    earlier = {file.name: file.read_bytes() for file in work.glob('*.pth')}
+    options = ['--no-validate', '--cfg-options', 'train_cfg.max_iters=1']
+    assert tool('train', 'segmenter', '--work-dir', work, *options) == ''
+    (aside,) = work.glob('earlier_*')
+    assert {file.name: file.read_bytes() for file in aside.glob('*.pth')} == earlier
+    assert [file.name for file in work.glob('*.pth')] == ['iter_1.pth']
+
+    options += [f'load_from={work / "iter_1.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', work, *options)
+    assert 'own work dir' in message and '--resume' in message
+    assert (work / 'iter_1.pth').exists()
+    key = 'model.backbone.init_cfg'
+    options[-1:] = [f'{key}.type=Pretrained', f'{key}.checkpoint={work / "iter_1.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', work, *options)
+    assert f'{key}.checkpoint is a checkpoint in this run' in message
+    assert (work / 'iter_1.pth').exists()
+
+
+def test_flags_come_before_options_before_config(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = ['--no-validate', '--cfg-options', 'train_cfg.max_iters=1']
+    assert tool('train', 'segmenter', *short) == ''
+    assert Path('work_dirs/segmenter/iter_1.pth').exists()
+    assert tool('train', 'segmenter', *short, 'work_dir=option') == ''
+    assert Path('option/iter_1.pth').exists()
+    assert tool('train', 'segmenter', *short, 'work_dir=x', '--work-dir', 'flag') == ''
+    assert Path('flag/iter_1.pth').exists() and not Path('x').exists()
+
+
+@pytest.mark.parametrize('task', ['detector', 'classifier'])
+def test_both_forms_of_auto_scale_lr(task, tool, tmp_path):
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--auto-scale-lr']
+    assert tool('train', task, *arguments) == ''
+    assert Config.fromfile(tmp_path / f'{task}.py').auto_scale_lr.enable
+    (log,) = tmp_path.glob('*/vis_data/scalars.json')
+    last = json.loads(log.read_text().splitlines()[-1])
+    # two pictures per batch, and the detector's warm-up
+    full = 0.01 * 2 / (16 if task == 'detector' else 256)
+    assert last['lr'] == pytest.approx(full * (0.55 if task == 'detector' else 1))
+
+
+def test_config_with_amp_trains_in_float32_on_cpu(tool, tmp_path, monkeypatch):
+    monkeypatch.setattr('mmengine.device.get_device', lambda: 'cpu')
+    if torch.cuda.is_available():
+        pytest.skip('this is about machines without a GPU')
+    options = [
+        'optim_wrapper.type=AmpOptimWrapper', 'optim_wrapper.loss_scale=dynamic',
+        'train_cfg.max_iters=1',
+    ]  # fmt: skip
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--cfg-options', *options]
+    assert tool('train', 'segmenter', *arguments) == ''
+    assert (
+        Config.fromfile(tmp_path / 'segmenter.py').optim_wrapper.type == 'OptimWrapper'
+    )
+
+
+@pytest.mark.parametrize(
+    ('flags', 'expected'),
+    [
+        (['--resume', 'none.pth'], '--resume: none.pth does not exist'),
+        (['--auto-scale-lr'], 'auto_scale_lr=dict'),
+        (['--launcher', 'slurm'], 'tools/dist.sh'),
+        (['--amp'], '--amp needs a GPU'),
+    ],
+)
+def test_flag_error_is_one_message(flags, expected, tool, tmp_path):
+    if torch.cuda.is_available() and flags[0] in ('--launcher', '--amp'):
+        pytest.skip('this is about machines without a GPU')
+    message = tool('train', 'segmenter', '--work-dir', tmp_path, *flags)
+    assert message.startswith('Error: ') and expected in message
+
+
+@pytest.mark.parametrize(
+    ('options', 'found'),
+    [
+        (['model.backbone.frozen_stages=1'], 'frozen_stages=1 would keep random ones'),
+        (
+            ['model.backbone.frozen_stages=0', 'model.backbone.norm_eval=True'],
+            'frozen_stages=0 and norm_eval=True would keep random ones. To train it '
+            'from scratch: model.backbone.frozen_stages=-1 '
+            'model.backbone.norm_eval=False',
+        ),
+        (['model.backbone.frozen_stages=-1'], None),
+        (['model.backbone.norm_eval=True', 'load_from=weights.pth'], None),
+        (
+            ['model.backbone.frozen_stages=1']
+            + ['model.backbone.init_cfg.type=Pretrained']
+            + ['model.backbone.init_cfg.checkpoint=weights.pth'],
+            None,
+        ),
+    ],
+)
+def test_frozen_noise_is_named(options, found, tool, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path('weights.pth').touch()
+    # The missing data stops it before it trains.
+    options = [*options, f'train_dataloader.dataset.data_root={tmp_path / "none"}']
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path, '--cfg-options', *options
+    )
+    assert 'none' in message
+    text = ''.join(capfd.readouterr())
+    assert ('has no pre-trained weights' in text) is (found is not None)
+    assert (found or '') in text
+
+
+def test_loss_that_is_not_finite_stops_the_run(tool, tmp_path):
+    options = ['optim_wrapper.optimizer.lr=1e30', 'train_cfg.max_iters=4']
+    arguments = ['--work-dir', tmp_path, '--no-validate', '--cfg-options', *options]
+    message = tool('train', 'segmenter', *arguments)
+    found = re.search(r'not finite at iteration (\d): loss nan', message)
+    assert found and 'clip_grad' in message
+    saved = {file.name for file in tmp_path.glob('*.pth')}
+    assert saved == {f'iter_{i}.pth' for i in range(1, int(found[1]))}
+
+
+# ---------------------------------------------------------------- weights to start from
+
+
+def test_weights_are_looked_for_by_any_spelling(tool, tmp_path):
+    start = dict(type='mmengine.Pretrained', checkpoint='nowhere.pth')
+    options = [f'model.backbone.init_cfg.{key}={value}' for key, value in start.items()]
+    message = tool(
+        'train', 'detector', '--work-dir', tmp_path, '--cfg-options', *options
+    )
+    assert 'model.backbone.init_cfg.checkpoint: nowhere.pth does not exist' in message
+
+
+def test_prefix_that_does_not_fit_is_explained(tool, tmp_path):
+    bare, work_dir = tmp_path / 'bare.pth', tmp_path / 'work'
+    torch.save(dict(state_dict={'stem.0.conv.weight': torch.zeros(16, 3, 3, 3)}), bare)
+    start = dict(type='Pretrained', checkpoint=bare, prefix='backbone.')
+    options = [f'model.backbone.init_cfg.{key}={value}' for key, value in start.items()]
+    message = tool(
+        'train', 'detector', '--work-dir', work_dir, '--cfg-options', *options
+    )
+    assert message.startswith(
+        'Error: backbone. is not in the pretrained model: no name'
+    )
+    assert 'set model.backbone.init_cfg.prefix=None' in message
+
+
+@pytest.mark.parametrize('name', ['train', 'test'])
+def test_malicious_checkpoint_is_refused(name, tool, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path / "owned"}',)
+
+    file = tmp_path / 'evil.pth'
+    torch.save(dict(state_dict=Evil()), file)
+    arguments = [file] if name == 'test' else ['--cfg-options', f'load_from={file}']
+    message = tool(name, 'segmenter', *arguments, '--work-dir', tmp_path / 'work')
+    assert message.startswith('Error: Refused to load') and 'system' in message
+    assert not (tmp_path / 'owned').exists()
+
+
+def test_checkpoint_of_another_model(checkpoint, tool, tmp_path):
+    other = checkpoint('segmenter')
+    message = tool('test', 'classifier', other, '--work-dir', tmp_path)
+    assert re.search(r'does not fit the model: \d+ of \d+ parameters', message)
+    state = torch.load(other)['state_dict']
+    weights = {'other.' + key: value for key, value in state.items()}
+    torch.save(dict(state_dict=weights), tmp_path / 'other.pth')
+    options = ['--cfg-options', f'load_from={tmp_path / "other.pth"}']
+    message = tool('train', 'segmenter', '--work-dir', tmp_path / 'work', *options)
+    found = re.search(r'does not fit the model: (\d+) of (\d+) parameters', message)
+    assert found and found[1] == found[2], message
