@@ -265,7 +265,11 @@ def put_in_place(partial: Path, target: Path) -> None:
         if target.is_dir():  # folders are not replaced by a rename
             aside = partial.with_name(f'{partial.name}.old')
             target.rename(aside)
-            partial.rename(target)
+            try:
+                partial.rename(target)
+            except OSError:
+                aside.rename(target)
+                raise
             shutil.rmtree(aside, ignore_errors=True)
             _sync(target.parent)
             return

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
     ('task', 'option', 'expected'),
     [
         ('detector', 'train_dataloder.batch_size=4', 'no .train_dataloder.*train_data'),
+        ('detector', 'param_scheduler.9.end=3', 'param_scheduler.9.end does not fit'),
+        ('detector', 'train_cfg.max_epochs.x=3', 'x does not fit.*config of your own'),
         ('detector', 'model.backbone.type=RedNett', 'RedNett.*Did you mean RedNet'),
         ('detector', 'model.backbone.dept=26', "RedNet has no argument 'dept'.*depth"),
         ('detector', 'model.backbone.depth=27', 'Cannot build RedNet.*27'),

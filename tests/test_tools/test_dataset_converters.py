@@ -374,6 +374,26 @@ def test_output_with_other_things_is_refused(bccd_download, tmp_path):
     assert keep.read_text() == 'years of work'
 
 
+def test_output_is_kept_where_the_new_one_cannot_take_its_place(
+    bccd_download, tmp_path, monkeypatch
+):
+    out = tmp_path / 'bccd'
+    convert('bccd', bccd_download, out)
+    before = files(out)
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if self.name == '.bccd.partial':
+            raise OSError('no space left')
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, 'rename', refuse)
+    with pytest.raises(OSError, match='no space left'):
+        convert('bccd', bccd_download, out)
+    assert files(out) == before
+    assert [path.name for path in tmp_path.glob('*bccd*')] == ['bccd']
+
+
 def test_input_that_is_no_zip_is_refused(tmp_path):
     path = tmp_path / 'master.zip'
     path.write_bytes(b'404: not found')

@@ -115,10 +115,15 @@ def staged_output(out: Path, entries: Collection[str]) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
         if out.exists():
             out.rename(replaced)
-        staging.rename(out)
+        try:
+            staging.rename(out)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(out)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 class CocoSplit:
