@@ -39,12 +39,12 @@ def test_kernels_are_those_of_the_layers(image, coco_root, monkeypatch):
     cfg.model.neck.type = 'InvolutionFPN'
     inferencer = build_inferencer(cfg)
     inputs = {}
-    for name in vis_kernels.involutions(inferencer):
+    for name in vis_kernels.involutions(inferencer.model):
         layer = inferencer.model.get_submodule(name)
         layer.register_forward_pre_hook(
             lambda layer, args, name=name: inputs.setdefault(name, args[0])
         )
-    names = vis_kernels.involutions(inferencer)
+    names = vis_kernels.involutions(inferencer.model)
     view = vis_kernels.look(inferencer, image, names)
     assert [layer.name for layer in view.layers] == names
     assert any(name.startswith('neck.') for name in names)
@@ -99,7 +99,7 @@ def test_points_are_found_after_resizing_and_cutting(
     part = view.image[: seen.shape[0], : seen.shape[1]]
     assert np.abs(part.astype(int) - seen).mean() < 3
     if kind == 'classifier':
-        with pytest.raises(UserError, match='--points 1,25 is outside.*x from 1'):
+        with pytest.raises(UserError, match='The point 1,25 is outside.*x from 1'):
             view.find(1, 25)
     with pytest.raises(UserError, match='is outside'):
         view.find(300, 25)
