@@ -35,7 +35,7 @@ from mmcls_involution.apis.inferencer import (
     preprocess,
 )
 from mmcls_involution.console import console
-from mmcls_involution.data.images import read_image
+from mmcls_involution.data.images import open_image
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.ops import Involution2d, record_kernels
 
@@ -213,13 +213,16 @@ def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.nd
     return np.moveaxis(source[:2], 0, 2)
 
 
-def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figure:
+def draw_kernels(
+    view: View, points: Sequence[tuple[float, float]] = (), heat: bool = True
+) -> Figure:
     """Heat maps of every layer and group, and the kernels of some pixels.
 
     Args:
         view (View): From :func:`look`.
         points (Sequence[tuple[float, float]]): x and y in the original image.
             Defaults to none.
+        heat (bool): Whether to draw the heat maps. Defaults to True.
 
     Raises:
         UserError: If the model does not see a point.
@@ -229,6 +232,7 @@ def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figu
         (layer, point, place)
         for layer in view.layers
         for point, place in zip((None, *points), (None, *places), strict=True)
+        if heat or point
     ]
     columns = int(np.clip(max(len(layer.kernels) for layer in view.layers), *COLUMNS))
     lines = [math.ceil(len(layer.kernels) / columns) for layer, *_ in sections]
@@ -368,8 +372,10 @@ def main(args: argparse.Namespace) -> None:
             f'--out must be a file of {", ".join(sorted(suffixes))}, got {args.out}.'
         )
     try:
-        image = read_image(Path(args.image))
-    except (FileNotFoundError, ValueError) as error:
+        if not Path(args.image).is_file():
+            raise UserError(f'image {args.image} is missing.')
+        image = open_image(Path(args.image))
+    except ValueError as error:
         raise UserError(f'{error}.') from error
     inferencer = build_inferencer(args.config, args.weights, args.device)
     if args.list_layers:
