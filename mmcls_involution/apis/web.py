@@ -218,8 +218,11 @@ def build_page(models: dict[str, tuple[str, str]]) -> Any:
         rows = [list(row) for row in given.rows]
         return given.message, given.picture, rows, given.heat, None, given
 
-    def click(given: Answer | None, event: gradio.SelectData) -> tuple:
+    def click(given: Answer | None, event: Any) -> tuple:
         return kernels_at(given, *event.index)
+
+    # By which gradio knows what to pass; as text it could not be resolved.
+    click.__annotations__['event'] = gradio.SelectData
 
     with gradio.Blocks(
         analytics_enabled=False,
