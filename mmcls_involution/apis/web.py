@@ -235,20 +235,17 @@ def build_page(models: dict[str, tuple[str, str]]) -> Any:
         message = gradio.Textbox(
             'Choose a model and drop an image.', label='Answer', elem_id='message'
         )
-        picture, heat, kernels = (
-            gradio.Image(label=label, elem_id=id, interactive=False, render=False)
-            for label, id in (
-                ('Prediction: click on a pixel', 'picture'),
-                ('Heat maps: the sum of the values of each kernel', 'heat'),
-                ('Kernels of the pixel', 'kernels'),
-            )
-        )
+        options = dict(interactive=False, show_label=False, buttons=['fullscreen'])
         with gradio.Row():
             with gradio.Column():
-                picture.render()
+                gradio.Markdown('**Prediction:** click on a pixel')
+                picture = gradio.Image(elem_id='picture', **options)
                 rows = gradio.Dataframe(headers=[*TABLE], interactive=False)
-            heat.render()
-        kernels.render()
+            with gradio.Column():
+                gradio.Markdown('**Heat maps:** the sum of the values of each kernel')
+                heat = gradio.Image(elem_id='heat', **options)
+        gradio.Markdown('**Kernels of the pixel,** over what they read')
+        kernels = gradio.Image(elem_id='kernels', **options)
         state = gradio.State(time_to_live=3600)
         shown = [message, picture, rows, heat, kernels, state]
         gradio.on([file.upload, file.clear, model.change], show, [model, file], shown)
