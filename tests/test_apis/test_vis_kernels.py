@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmcls_involution.apis import build_inferencer, vis_kernels
 from mmcls_involution.apis.inferencer import preprocess
 from mmcls_involution.engine.errors import UserError
-from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import Involution2d, record_kernels
 
 TINY = Path(__file__).parents[1] / 'tiny'
 
@@ -75,6 +75,24 @@ def test_default_layers_and_shared_heads(image, coco_root, monkeypatch):
     ]
     head = 'bbox_head.reg_convs.0.conv.involution'
     assert names[5:] == [f'{head}, call {i}' for i in range(1, 6)]
+
+
+def test_roi_heads_are_recorded_and_not_drawn(image):
+    config = Path(__file__).parents[2] / 'configs/demo'
+    cfg = Config.fromfile(config / 'mask-rcnn_rednet26-slim_fpn_shapes.py')
+    head = dict(type='InvolutionFCNMaskHead', conv_out_channels=64)
+    cfg.model.roi_head.mask_head.update(head)
+    inferencer = build_inferencer(cfg)
+    data = inferencer.model.data_preprocessor(preprocess(inferencer, [image]), False)
+    with torch.no_grad(), record_kernels(inferencer.model) as recorded:
+        (sample,) = inferencer.model(**data, mode='predict')
+    layer = inferencer.model.roi_head.mask_head.convs[1][0]
+    found = recorded['roi_head.mask_head.convs.1.0'][0]
+    size, number = layer.kernel_size, len(sample.pred_instances)
+    groups = layer.channels // layer.group_channels
+    assert found.shape == (number, groups, size, size, 14, 14) and number > 0
+    drawn = vis_kernels.involutions(inferencer.model)
+    assert drawn and not any('roi_head' in name for name in drawn)
 
 
 @pytest.mark.parametrize('kind', ['detector', 'segmenter', 'classifier'])
