@@ -204,6 +204,7 @@ def build_page(models: dict[str, tuple[str, str]]) -> Any:
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
     try:
         import gradio
+        from gradio import SelectData  # a folder of that name would do for the first
     except ImportError as error:
         raise UserError(
             'The web page needs gradio, and it cannot be imported '
@@ -222,7 +223,7 @@ def build_page(models: dict[str, tuple[str, str]]) -> Any:
         return kernels_at(given, *event.index)
 
     # By which gradio knows what to pass; as text it could not be resolved.
-    click.__annotations__['event'] = gradio.SelectData
+    click.__annotations__['event'] = SelectData
 
     with gradio.Blocks(
         analytics_enabled=False,
