@@ -15,6 +15,7 @@ COMMANDS = {
     'test': ('engine.test', 'test a checkpoint: metrics, predictions, pictures'),
     'infer': ('apis.infer', 'run a model on images and videos'),
     'kernels': ('apis.vis_kernels', 'draw the kernels that a model generates'),
+    'web': ('apis.web', 'a page for models, images and kernels, in the browser'),
     'check': ('data.report', 'the data of a config: what would spoil its training'),
     'flops': ('flops', 'parameters and FLOPs of a config'),
     'reproduce': (

@@ -36,12 +36,13 @@ import torch
 from mmcls_involution.apis.inferencer import (
     add_model_arguments,
     build_inferencer,
+    class_names,
     draw,
     preprocess,
 )
 from mmcls_involution.apis.vis_kernels import draw_kernels, look
 from mmcls_involution.console import console, progress
-from mmcls_involution.data.images import check_image, read_image, there
+from mmcls_involution.data.images import open_image, there
 from mmcls_involution.engine.errors import UserError
 
 IMAGES = {'.bmp', '.jpeg', '.jpg', '.png', '.ppm', '.tif', '.tiff', '.webp'}
@@ -112,8 +113,8 @@ def count(files: Iterable[Path]) -> int:
     )
 
 
-def frames(files: Iterable[Path]) -> Iterator[Frame]:
-    """Read images and videos, one frame after the other."""
+def frames(files: Iterable[Path], videos: bool = True) -> Iterator[Frame]:
+    """Read images and videos (or images alone), one frame after the other."""
     taken: set[str] = set()
     for file in files:
         name, number = file.stem, 1
@@ -121,14 +122,13 @@ def frames(files: Iterable[Path]) -> Iterator[Frame]:
             number += 1
             name = f'{file.stem}_{number}'
         taken.add(name)
-        if file.suffix.lower() in VIDEOS:
+        if videos and file.suffix.lower() in VIDEOS:
             yield from _video(file, name)
             continue
-        if check_image(str(file), None)[0]:
-            fault = f'{file} cannot be decoded: it is damaged, cut short or no image'
-            yield Frame(str(file), name, fault=fault)
-        else:
-            yield Frame(str(file), name, read_image(file))
+        try:
+            yield Frame(str(file), name, open_image(file))
+        except ValueError as error:
+            yield Frame(str(file), name, fault=str(error))
 
 
 def _video(file: Path, name: str) -> Iterator[Frame]:
@@ -265,8 +265,7 @@ def main(args: argparse.Namespace) -> None:
     inferencer = build_inferencer(args.config, args.weights, args.device)
     out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    meta = getattr(inferencer.model, 'dataset_meta', None) or {}
-    classes = getattr(inferencer, 'classes', None) or meta.get('classes')
+    classes = class_names(inferencer)
     images, results, faults, videos = [], [], [], {}
 
     def batches() -> Iterator[list[Frame]]:

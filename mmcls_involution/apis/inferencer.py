@@ -44,10 +44,7 @@ def find_config(name: str) -> tuple[str, str | None]:
     """
     if Path(name).is_file():
         return name, None
-    known: dict[str, tuple[str, str | None]] = {}
-    for metafile in sorted((ROOT / 'configs').glob('*/metafile.yml')):
-        for model in mmengine.load(metafile)['Models']:
-            known[model['Name']] = str(ROOT / model['Config']), model.get('Weights')
+    known = _models()
     for file in sorted((ROOT / 'configs').glob('*/*.py')):
         if file.parent.name != '_base_':
             known.setdefault(file.stem, (str(file), None))
@@ -58,6 +55,26 @@ def find_config(name: str) -> tuple[str, str | None]:
             + did_you_mean(Path(stem).name, known)
         )
     return known[stem]
+
+
+def _models() -> dict[str, tuple[str, str | None]]:
+    """Config and weights, where there are some, of every model in a metafile."""
+    return {
+        model['Name']: (str(ROOT / model['Config']), model.get('Weights'))
+        for metafile in sorted((ROOT / 'configs').glob('*/metafile.yml'))
+        for model in mmengine.load(metafile)['Models']
+    }
+
+
+def hub() -> dict[str, tuple[str, str]]:
+    """Config and weights of the models that come with weights, by their names."""
+    return {name: pair for name, pair in _models().items() if pair[1]}
+
+
+def class_names(inferencer: Any) -> Sequence[str] | None:
+    """The names of the classes, as far as checkpoint or config says them."""
+    meta = getattr(inferencer.model, 'dataset_meta', None) or {}
+    return getattr(inferencer, 'classes', None) or meta.get('classes')
 
 
 def build_inferencer(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmcls_involution.apis.inferencer import (
     add_model_arguments,
@@ -34,7 +35,7 @@ from mmcls_involution.apis.inferencer import (
     preprocess,
 )
 from mmcls_involution.console import console
-from mmcls_involution.data.images import read_image
+from mmcls_involution.data.images import open_image
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.ops import Involution2d, record_kernels
 
@@ -85,8 +86,8 @@ class View:
         low, high = (f(self.source, axis=(0, 1)) for f in (np.nanmin, np.nanmax))
         if not all(low - 1 <= (x, y)) or not all((x, y) <= high + 1):
             raise UserError(
-                f'--points {x:g},{y:g} is outside of what the model sees of the image: '
-                f'x from {low[0]:.0f} to {high[0]:.0f}, y from {low[1]:.0f} to '
+                f'The point {x:g},{y:g} is outside of what the model sees of the '
+                f'image: x from {low[0]:.0f} to {high[0]:.0f}, y from {low[1]:.0f} to '
                 f'{high[1]:.0f}.'
             )
         distance = np.square(self.source - (x, y)).sum(2)
@@ -102,12 +103,12 @@ class View:
         return tuple(2.0 ** math.ceil(math.log2(size / out)) for size, out in sizes)
 
 
-def involutions(inferencer: Any) -> list[str]:
+def involutions(model: nn.Module) -> list[str]:
     """Names of the involutions that see the whole image, not regions cut out of it."""
     return [
         name
-        for name, module in inferencer.model.named_modules()
-        if isinstance(module, Involution2d) and not name.startswith('roi_head.')
+        for name, module in model.named_modules()
+        if isinstance(module, Involution2d) and 'roi_head' not in name.split('.')
     ]
 
 
@@ -120,29 +121,61 @@ def look(
     Args:
         inferencer (Any): From :func:`build_inferencer`.
         image (np.ndarray): ``[H, W, 3]``, uint8, BGR.
-        layers (Sequence[str], optional): Of :func:`involutions`. Defaults to None: the
-            last one for each size of feature map in each part of the model.
+        layers (Sequence[str], optional): See :func:`kernels_of`. Defaults to None.
 
     Raises:
         UserError: If the model has no such layers, or the test pipeline does more to
             an image than to resize, cut, flip and pad it.
     """
-    known = involutions(inferencer)
+    model = inferencer.model
+    check_layers(model, layers)
+    data = model.data_preprocessor(preprocess(inferencer, [image]), False)
+    source = _source(inferencer, image, data['inputs'].shape[2:])
+    found = kernels_of(model, lambda: model(**data, mode='predict'), layers)
+    columns, rows = (np.nan_to_num(source[..., i], nan=-1) for i in (0, 1))
+    seen = cv2.remap(image[..., ::-1], columns, rows, cv2.INTER_LINEAR)
+    return View(seen, source, found)
+
+
+def check_layers(model: nn.Module, layers: Sequence[str] | None = None) -> None:
+    """Refuse names that are not of :func:`involutions`, and models without any.
+
+    Raises:
+        UserError: If so; the message names those that are close.
+    """
+    known = involutions(model)
     for name in layers or ():
         if name not in known:
             raise UserError(
-                f'--layers {name}: there is no involution of that name that sees the '
-                f'whole image.{did_you_mean(name, known)} --list-layers lists them.'
+                f'{name}: there is no involution of that name that sees the whole '
+                f'image.{did_you_mean(name, known)} `python -m mmcls_involution '
+                'kernels --list-layers` lists them.'
             )
     if not known:
         raise UserError('The model has no involution that sees the whole image.')
-    model = inferencer.model
-    if 'mode' in (getattr(model, 'test_cfg', None) or {}):
-        model.test_cfg.mode = 'whole'  # a segmenter that slides a window
-    data = model.data_preprocessor(preprocess(inferencer, [image]), False)
-    source = _source(inferencer, image, data['inputs'].shape[2:])
-    with record_kernels(model, layers or known) as recorded:
-        model(**data, mode='predict')
+
+
+def kernels_of(
+    model: nn.Module, run: Callable[[], Any], layers: Sequence[str] | None = None
+) -> tuple[LayerKernels, ...]:
+    """The kernels of the first image of a batch, after :func:`check_layers`.
+
+    Args:
+        model (nn.Module): Of any of the three toolboxes.
+        run (Callable[[], Any]): Runs it on a batch.
+        layers (Sequence[str], optional): Of :func:`involutions`. Defaults to None: the
+            last one for each size of feature map in each part of the model.
+    """
+    slides = getattr(model, 'test_cfg', None) or {}
+    mode = slides.get('mode')
+    if mode:
+        slides['mode'] = 'whole'  # a segmenter that slides a window
+    try:
+        with record_kernels(model, layers or involutions(model)) as recorded:
+            run()
+    finally:
+        if mode:
+            slides['mode'] = mode
     found = [
         LayerKernels(
             f'{name}, call {i}' if len(calls) > 1 else name,
@@ -152,15 +185,12 @@ def look(
         for name, calls in recorded.items()
         for i, kernels in enumerate(calls, 1)
     ]
-    if not layers:
-        last = {
-            (layer.name.split('.')[0], layer.kernels.shape[3:]): layer
-            for layer in found
-        }
-        found = [layer for layer in found if any(layer is one for one in last.values())]
-    columns, rows = (np.nan_to_num(source[..., i], nan=-1) for i in (0, 1))
-    seen = cv2.remap(image[..., ::-1], columns, rows, cv2.INTER_LINEAR)
-    return View(seen, source, tuple(found))
+    if layers:
+        return tuple(found)
+    last = {
+        (layer.name.split('.')[0], layer.kernels.shape[3:]): layer for layer in found
+    }
+    return tuple(layer for layer in found if any(layer is one for one in last.values()))
 
 
 def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -183,13 +213,16 @@ def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.nd
     return np.moveaxis(source[:2], 0, 2)
 
 
-def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figure:
+def draw_kernels(
+    view: View, points: Sequence[tuple[float, float]] = (), heat: bool = True
+) -> Figure:
     """Heat maps of every layer and group, and the kernels of some pixels.
 
     Args:
         view (View): From :func:`look`.
         points (Sequence[tuple[float, float]]): x and y in the original image.
             Defaults to none.
+        heat (bool): Whether to draw the heat maps. Defaults to True.
 
     Raises:
         UserError: If the model does not see a point.
@@ -199,6 +232,7 @@ def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figu
         (layer, point, place)
         for layer in view.layers
         for point, place in zip((None, *points), (None, *places), strict=True)
+        if heat or point
     ]
     columns = int(np.clip(max(len(layer.kernels) for layer in view.layers), *COLUMNS))
     lines = [math.ceil(len(layer.kernels) / columns) for layer, *_ in sections]
@@ -224,6 +258,14 @@ def draw_kernels(view: View, points: Sequence[tuple[float, float]] = ()) -> Figu
             else:
                 _draw_heat(ax, view, layer, group, places)
     return figure
+
+
+def as_image(figure: Figure, dpi: int = 80) -> np.ndarray:
+    """A figure as ``[H, W, 3]``, uint8, RGB."""
+    figure.dpi = dpi
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _draw_heat(
@@ -330,12 +372,14 @@ def main(args: argparse.Namespace) -> None:
             f'--out must be a file of {", ".join(sorted(suffixes))}, got {args.out}.'
         )
     try:
-        image = read_image(Path(args.image))
-    except (FileNotFoundError, ValueError) as error:
+        if not Path(args.image).is_file():
+            raise UserError(f'image {args.image} is missing.')
+        image = open_image(Path(args.image))
+    except ValueError as error:
         raise UserError(f'{error}.') from error
     inferencer = build_inferencer(args.config, args.weights, args.device)
     if args.list_layers:
-        for name in involutions(inferencer):
+        for name in involutions(inferencer.model):
             console.print(f'{name}  {inferencer.model.get_submodule(name)!r}')
         return
     figure = draw_kernels(look(inferencer, image, args.layers), args.points)

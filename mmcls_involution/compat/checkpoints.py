@@ -125,7 +125,7 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
             logger='current',
             level=30,
         )
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, LookupError) as error:  # of text the last one
         raise RuntimeError(
             f'{filename} is not a complete checkpoint: {error}. It may have been cut '
             'short by a full disk or a kill; use an earlier one.'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import cv2
@@ -36,6 +37,36 @@ def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
             f'image {path} cannot be decoded: it is damaged, download it again'
         )
     return image
+
+
+def open_image(path: Path) -> np.ndarray:
+    """Read an image that a person has named, if it is whole and not huge.
+
+    Args:
+        path (Path): Of an existing file.
+
+    Returns:
+        np.ndarray: ``[H, W, 3]``, uint8, BGR.
+
+    Raises:
+        ValueError: If it is not; the message says so, without a full stop.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            Image.open(path).close()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        limit = Image.MAX_IMAGE_PIXELS / 1e6
+        raise ValueError(
+            f'{path} has more than {limit:.0f} megapixels: make it smaller first'
+        ) from None
+    except OSError:
+        pass  # OpenCV may know it
+    if check_image(str(path), None)[0]:
+        raise ValueError(
+            f'{path} cannot be decoded: it is damaged, cut short or no image'
+        )
+    return read_image(path)
 
 
 def check_image(
@@ -80,7 +111,7 @@ def image_size(path: str) -> tuple[int, int] | None:
         with Image.open(path) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return file.size[::-1] if turned else file.size
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None
 
 

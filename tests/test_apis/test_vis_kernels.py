@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmcls_involution.apis import build_inferencer, vis_kernels
 from mmcls_involution.apis.inferencer import preprocess
 from mmcls_involution.engine.errors import UserError
-from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import Involution2d, record_kernels
 
 TINY = Path(__file__).parents[1] / 'tiny'
 
@@ -39,12 +39,12 @@ def test_kernels_are_those_of_the_layers(image, coco_root, monkeypatch):
     cfg.model.neck.type = 'InvolutionFPN'
     inferencer = build_inferencer(cfg)
     inputs = {}
-    for name in vis_kernels.involutions(inferencer):
+    for name in vis_kernels.involutions(inferencer.model):
         layer = inferencer.model.get_submodule(name)
         layer.register_forward_pre_hook(
             lambda layer, args, name=name: inputs.setdefault(name, args[0])
         )
-    names = vis_kernels.involutions(inferencer)
+    names = vis_kernels.involutions(inferencer.model)
     view = vis_kernels.look(inferencer, image, names)
     assert [layer.name for layer in view.layers] == names
     assert any(name.startswith('neck.') for name in names)
@@ -77,6 +77,24 @@ def test_default_layers_and_shared_heads(image, coco_root, monkeypatch):
     assert names[5:] == [f'{head}, call {i}' for i in range(1, 6)]
 
 
+def test_roi_heads_are_recorded_and_not_drawn(image):
+    config = Path(__file__).parents[2] / 'configs/demo'
+    cfg = Config.fromfile(config / 'mask-rcnn_rednet26-slim_fpn_shapes.py')
+    head = dict(type='InvolutionFCNMaskHead', conv_out_channels=64)
+    cfg.model.roi_head.mask_head.update(head)
+    inferencer = build_inferencer(cfg)
+    data = inferencer.model.data_preprocessor(preprocess(inferencer, [image]), False)
+    with torch.no_grad(), record_kernels(inferencer.model) as recorded:
+        (sample,) = inferencer.model(**data, mode='predict')
+    layer = inferencer.model.roi_head.mask_head.convs[1][0]
+    found = recorded['roi_head.mask_head.convs.1.0'][0]
+    size, number = layer.kernel_size, len(sample.pred_instances)
+    groups = layer.channels // layer.group_channels
+    assert found.shape == (number, groups, size, size, 14, 14) and number > 0
+    drawn = vis_kernels.involutions(inferencer.model)
+    assert drawn and not any('roi_head' in name for name in drawn)
+
+
 @pytest.mark.parametrize('kind', ['detector', 'segmenter', 'classifier'])
 def test_points_are_found_after_resizing_and_cutting(
     kind, image, coco_root, monkeypatch
@@ -99,7 +117,7 @@ def test_points_are_found_after_resizing_and_cutting(
     part = view.image[: seen.shape[0], : seen.shape[1]]
     assert np.abs(part.astype(int) - seen).mean() < 3
     if kind == 'classifier':
-        with pytest.raises(UserError, match='--points 1,25 is outside.*x from 1'):
+        with pytest.raises(UserError, match='The point 1,25 is outside.*x from 1'):
             view.find(1, 25)
     with pytest.raises(UserError, match='is outside'):
         view.find(300, 25)

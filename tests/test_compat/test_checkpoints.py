@@ -204,8 +204,9 @@ def test_missing_and_torn_files(tmp_path):
         load(tmp_path / 'none.pth')
     buffer = io.BytesIO()
     torch.save(dict(weight=torch.zeros(1000)), buffer)
-    for size in (0, 100, 2000):
-        (tmp_path / 'torn.pth').write_bytes(buffer.getvalue()[:size])
+    torn = [buffer.getvalue()[:size] for size in (0, 100, 2000)]
+    for content in (*torn, b'hello'):
+        (tmp_path / 'torn.pth').write_bytes(content)
         with pytest.raises(RuntimeError, match='torn.pth is not a complete checkpoint'):
             load(tmp_path / 'torn.pth')
 

@@ -77,6 +77,24 @@ def test_identity_survives_the_initialization_around_it():
     assert torch.equal(model.layer1[0].conv1.involution(x), x)
 
 
+def test_identity_in_a_head_that_initializes_every_convolution():
+    """What docs/inference.md has for RetinaNet's."""
+    cfg = dict(CONV, involution_cfg=dict(init='identity'))
+    override = [
+        dict(type='Normal', name='retina_cls', std=0.01, bias_prob=0.01),
+        dict(type='Normal', name='retina_reg', std=0.01),
+    ]
+    init_cfg = dict(type='Normal', std=0.01, override=override)
+    x = torch.rand(1, 16, 5, 6)
+    for options, kept in ((dict(init_cfg=init_cfg), True), (dict(), False)):
+        head = MODELS.build(dict(RETINA_HEAD, conv_cfg=cfg, **options))
+        head.init_weights()
+        for conv in (*head.cls_convs, *head.reg_convs):
+            assert torch.equal(conv.conv.involution(x), x) == kept
+        assert head.retina_cls.bias.sigmoid().allclose(torch.tensor(0.01))
+        assert head.retina_reg.weight.std() < 0.02
+
+
 def test_resnet_by_conv_cfg():
     model = MODELS.build(
         dict(type='ResNet', depth=18, base_channels=16, stem_channels=16, conv_cfg=CONV)

@@ -221,3 +221,16 @@ def test_torchvision_resnet18():
     assert table.parameters[1] < table.parameters[0] / 10
     labels = torch.tensor([0, 2])
     train_two_steps(model, lambda m: nn.functional.cross_entropy(m(x), labels))
+
+
+def test_timm_resnet18():
+    pytest.importorskip('mmcls_involution.compat').declare_torchvision_ops()
+    timm = pytest.importorskip('timm', reason='timm is missing')
+    model = timm.create_model('resnet18', num_classes=3)
+    x = torch.rand(2, 3, 64, 64)
+    table = swap_convolutions(model, inputs=x)
+    assert len(table.swapped) == 16  # all but stem and 1x1 shortcuts
+    labels = torch.tensor([0, 2])
+    train_two_steps(model, lambda m: nn.functional.cross_entropy(m(x), labels))
+    with pytest.raises(ValueError, match='no convolution was swapped'):
+        swap_convolutions(timm.create_model('mobilenetv3_small_050'))

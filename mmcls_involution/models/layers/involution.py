@@ -78,8 +78,8 @@ def involution_or_conv(
         involution_cfg (dict, optional): Arguments of :class:`Involution2d`, but for
             channels, stride and dilation. ``init='identity'`` is lost where MMEngine's
             initialization passes the layer over, inside an ``nn.ModuleList`` such as
-            RetinaHead's. Defaults to None: its defaults, and the kernel size of the
-            convolution.
+            RetinaHead's; docs/inference.md has an ``init_cfg`` for it. Defaults to
+            None: its defaults, and the kernel size of the convolution.
         **kwargs: Further arguments of a convolution.
 
     Returns:
