@@ -80,7 +80,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     problem = None
     if changed:
         problem = f'{", ".join(changed)} of the config was changed during the training'
-    elif Path(test['checkpoint']).resolve() != last.resolve():
+    # by the last two names: a relative path is one from where reproduce was called
+    elif Path(test['checkpoint']).parts[-2:] != last.resolve().parts[-2:]:
         problem = f'the scores are of {test["checkpoint"]}, not of {last}'
     if problem:
         raise UserError(

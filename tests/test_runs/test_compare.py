@@ -17,6 +17,7 @@ from matplotlib.colors import to_rgb
 
 from mmcls_involution import __main__ as commands
 from mmcls_involution.engine.config import add_cfg_options, read_config
+from mmcls_involution.engine.errors import UserError
 from mmcls_involution.runs import compare as tool
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,21 @@ def test_settings_of_one_config_by_name(monkeypatch, tmp_path, capsys):
     _, _, first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == '| slow | 1 | 31.00 |  |'
     assert second == '| lr 2 | 1 | 32.00 | +1.00 |'
+
+
+def test_called_from_another_folder_than_reproduce(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / 'runs' / '0', 'c', 0, 30)
+    record = folder / 'report' / 'record.json'
+    changed = json.loads(record.read_text())
+    for path, fits in (('runs/0/a.pth', True), ('runs/1/a.pth', False)):
+        changed['test']['checkpoint'] = path
+        record.write_text(json.dumps(changed))
+        monkeypatch.chdir(folder)
+        if fits:
+            assert tool.read_run(Path('.')).scores['mIoU'] == 30
+        else:
+            with pytest.raises(UserError, match='the scores are of runs/1/a.pth'):
+                tool.read_run(Path('.'))
 
 
 def test_curves_are_those_of_the_logs(runs):
