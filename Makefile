@@ -66,7 +66,7 @@ $(VENV)/docs-$(KEY): $(VENV)/setup-$(KEY)
 	@touch $@
 
 docs: $(VENV)/docs-$(KEY)  ## build the documentation site: build/docs/index.html
-	@$(RUN) -m sphinx -q -W --keep-going -b html -c docs . build/docs && echo build/docs/index.html
+	@$(RUN) -m sphinx -q -E -W --keep-going -b html -c docs . build/docs && echo build/docs/index.html
 
 bench: setup  ## time involution and RedNet beside their alternatives, short form
 	@$(RUN) tools/analysis_tools/benchmark_op.py --image 8x224x224 --rounds 3 && $(RUN) tools/analysis_tools/benchmark_model.py --shape 4x3x224x224 --rounds 3

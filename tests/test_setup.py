@@ -69,7 +69,7 @@ def test_docs_are_installed_once_and_built_each_time(make):
     install, build = make(target='docs')[-2:]
     constraint = '--constraint requirements/tested.txt'
     assert install.endswith(f'{constraint} mmcls_involution[docs]')
-    assert build.startswith('-m sphinx -q -W ') and build.endswith(' . build/docs')
+    assert build.startswith('-m sphinx -q -E -W ') and build.endswith(' . build/docs')
     assert make(target='docs') == [build]
     assert len(make('TORCH=torch==2.12.1', target='docs')) == 6
 
