@@ -39,7 +39,7 @@ napoleon_custom_sections = [('Shape', 'notes_style')]
 html_theme = 'furo'
 html_title = f'mmcls_involution {version}'
 html_extra_path = ['site']  # index.html, which leads to docs/index.html
-html_copy_source = False
+html_copy_source = html_show_copyright = False
 html_math_renderer = 'mathml'
 
 

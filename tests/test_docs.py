@@ -28,7 +28,7 @@ every_page = pytest.mark.parametrize(
 )
 
 # Beginnings of commands (regular expressions) -> why they are not run.
-TRAINS = 'trains or tests a full model: test_engine/test_run.py runs small ones'
+TRAINS = 'trains or tests a full model: test_engine and test_tools run small ones'
 LONG = 'takes minutes: test_tools runs it small'
 DATA = 'needs a data set that is downloaded: test_dataset_converters.py draws one'
 PIP = 'installs: test_packaging.py and test_setup.py do'
@@ -38,7 +38,7 @@ NOT_RUN = {
     r'python tools/reproduce\.py': 'test_runs/test_reproduce.py',
     r'python tools/(infer|visualizations/vis_kernels)\.py': 'test_apis',
     r'python tools/model_converters/': 'test_weights/test_convert.py',
-    r'python tools/check_dataset\.py': 'test_data/test_check.py',
+    r'python tools/check_dataset\.py': 'test_data',
     r'python tools/(analysis_tools/benchmark_|analysis_tools/compile_kernels)': LONG,
     r"SEEDS='[\d ]+' bash tools/analysis_tools/compare_backbones\.sh": TRAINS,
     r'make (demo|test|setup|lint|bench-gpu)': LONG,
