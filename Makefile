@@ -14,7 +14,7 @@ INSTALLED = $(VENV)/lib/python3*/site-packages
 KEY := $(shell echo '$(TORCH) $(CURDIR)' | cksum | cut -d' ' -f1)
 SOURCES = requirements/tested.txt setup.py pyproject.toml mmcls_involution/version.py $(wildcard mmcls_involution/ops/backends/native/*.cpp mmcls_involution/ops/backends/native/*.h)
 
-.PHONY: help setup mmcv demo test test-long soak lint bench bench-gpu paper-table clean
+.PHONY: help setup mmcv demo test test-long soak lint docs bench bench-gpu paper-table clean
 .DEFAULT_GOAL := help
 
 help:  ## print this list
@@ -24,7 +24,7 @@ setup: $(VENV)/setup-$(KEY)  ## make the virtual environment, with all that is n
 
 # pip keeps a torch that satisfies TORCH, though it may be another build: away with it.
 $(VENV)/torch-$(KEY):
-	@rm -f '$(VENV)'/torch-* '$(VENV)'/setup-*
+	@rm -f '$(VENV)'/torch-* '$(VENV)'/setup-* '$(VENV)'/docs-*
 	@$(PYTHON) tools/make_venv.py '$(VENV)'
 	$(if $(wildcard $(INSTALLED)/torch),$(PIP) uninstall --yes torch torchvision)
 	$(INSTALL) $(foreach word,$(TORCH),'$(word)') torchvision
@@ -59,6 +59,14 @@ soak: setup  ## kill a small training 200 times, fill its disk 20 times, count t
 
 lint: setup  ## ruff: rules and format
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+# The package is there already, which leaves its extra to install.
+$(VENV)/docs-$(KEY): $(VENV)/setup-$(KEY)
+	$(TESTED) 'mmcls_involution[docs]'
+	@touch $@
+
+docs: $(VENV)/docs-$(KEY)  ## build the documentation site: build/docs/index.html
+	@$(RUN) -m sphinx -q -E -W --keep-going -b html -c docs . build/docs && echo build/docs/index.html
 
 bench: setup  ## time involution and RedNet beside their alternatives, short form
 	@$(RUN) tools/analysis_tools/benchmark_op.py --image 8x224x224 --rounds 3 && $(RUN) tools/analysis_tools/benchmark_model.py --shape 4x3x224x224 --rounds 3

@@ -92,6 +92,7 @@ EXTRAS = {
     'cls': CLS,
     'all': [*DET, *SEG, *CLS, 'mmcv-lite>=2.0.1,<2.2.0', 'torchvision'],
     'demo': ['gradio>=6.0,<7.0'],  # the command `web`
+    'docs': ['sphinx', 'myst-parser', 'furo'],
     # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
     # torch for CUDA pins one of its own.
     'dev': ['pytest', 'pytest-xdist', 'ruff', 'triton>=3.4; sys_platform == "linux"'],

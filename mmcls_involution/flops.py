@@ -175,7 +175,7 @@ def _forward(model: nn.Module, image: Tensor) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='file, or name of a config of this package')
     parser.add_argument(
         '--shape',
         type=int,

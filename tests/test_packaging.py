@@ -112,13 +112,25 @@ def test_wheel_holds_every_module_config_and_tool(wheel, clone):
         assert f'mmcls_involution/.mim/configs/imagenet/{file}' in packaged
 
 
-def test_models_of_a_wheel_are_found_by_name(wheel, tmp_path):
-    site = tmp_path / 'site'
+def test_models_and_configs_of_a_wheel_go_by_name(wheel, tmp_path):
+    site, name = tmp_path / 'site', 'rednet26_1xb32_bccd-cells'
     wheel.extractall(site)
-    out = python('-c', GET_MODEL, cwd=tmp_path, PYTHONPATH=str(site))
-    depth, config = out.splitlines()[-1].split()
-    assert depth == '26'
-    assert Path(config).is_relative_to(site / 'mmcls_involution' / '.mim')
+    mine = (
+        "_base_ = 'mmcls_involution::bccd_cells/{}.py'\nmodel = dict(head=dict(k=7))\n"
+    )
+    (tmp_path / 'mine.py').write_text(mine.format(name))
+    read = (
+        '\nfrom mmcls_involution.engine.config import read_config\n'
+        f"for name in ('{name}', 'mine.py'):\n"
+        '    cfg = read_config(name)\n'
+        '    print(cfg.model.head.get("k"), cfg.filename)'
+    )
+    out = python('-c', GET_MODEL + read, cwd=tmp_path, PYTHONPATH=str(site))
+    model, shipped, inherited = (line.split() for line in out.splitlines()[-3:])
+    configs = site / 'mmcls_involution' / '.mim' / 'configs'
+    assert model[0] == '26' and Path(model[1]).is_relative_to(configs)
+    assert shipped == ['None', str(configs / 'bccd_cells' / f'{name}.py')]
+    assert inherited == ['7', 'mine.py']
 
 
 @pytest.mark.skipif(
@@ -195,7 +207,7 @@ def requirements(metadata, extra: str = '') -> dict[str, SpecifierSet]:
 def test_plain_install_requires_torch_of_any_version_only(metadata):
     assert requirements(metadata) == {'torch': SpecifierSet()}
     extras = set(metadata.get_all('Provides-Extra'))
-    assert extras == {'det', 'seg', 'cls', 'all', 'demo', 'dev'}
+    assert extras == {'det', 'seg', 'cls', 'all', 'demo', 'dev', 'docs'}
 
 
 def test_extras_ask_for_the_supported_ranges(metadata):

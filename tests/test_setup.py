@@ -32,13 +32,13 @@ def make(tmp_path):
     python.write_text(PYTHON)
     python.chmod(0o755)
 
-    def run(*arguments, fail=''):
+    def run(*arguments, fail='', target='setup'):
         log, failing = Path(f'{python}.log'), Path(f'{python}.fail')
         failing.write_text(fail or 'nothing')
         log.unlink(missing_ok=True)
         variables = [f'VENV={tmp_path}/venv', f'PYTHON={sys.executable}', *arguments]
         result = subprocess.run(
-            ['make', 'setup', *variables], cwd=ROOT, capture_output=True, text=True
+            ['make', target, *variables], cwd=ROOT, capture_output=True, text=True
         )
         assert bool(result.returncode) == bool(fail), result.stdout + result.stderr
         lines = log.read_text().splitlines() if log.exists() else []
@@ -63,6 +63,15 @@ def test_setup_installs_once_for_each_torch(make, tmp_path):
     assert torch.endswith('torch>=2.12,<2.13 --index-url file:///nowhere torchvision')
     assert make(other) == []
     assert len(make()) == 5  # and back
+
+
+def test_docs_are_installed_once_and_built_each_time(make):
+    install, build = make(target='docs')[-2:]
+    constraint = '--constraint requirements/tested.txt'
+    assert install.endswith(f'{constraint} mmcls_involution[docs]')
+    assert build.startswith('-m sphinx -q -E -W ') and build.endswith(' . build/docs')
+    assert make(target='docs') == [build]
+    assert len(make('TORCH=torch==2.12.1', target='docs')) == 6
 
 
 def test_setup_goes_on_where_it_failed(make):

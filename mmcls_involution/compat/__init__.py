@@ -16,7 +16,12 @@ from .checkpoints import load_weights_only, pickle_history_plainly
 from .coco_files import read_coco_as_meant
 from .fsdp import name_fsdp_arguments
 from .mmcv_ops import provide_mmcv_ops
-from .package_paths import get_installed_path, is_installed, replace_pkg_resources
+from .package_paths import (
+    find_own_configs,
+    get_installed_path,
+    is_installed,
+    replace_pkg_resources,
+)
 from .scalars import outlive_lost_scalars
 from .torchvision_import import declare_torchvision_ops
 from .versions import SUPPORTED, check_versions
@@ -26,6 +31,7 @@ __all__ = [
     'apply',
     'check_versions',
     'declare_torchvision_ops',
+    'find_own_configs',
     'get_installed_path',
     'is_installed',
     'load_weights_only',
@@ -48,6 +54,7 @@ def apply() -> None:
     read_coco_as_meant()
     if importlib.util.find_spec('mmengine') is not None:
         replace_pkg_resources()
+        find_own_configs()
         pickle_history_plainly()
         load_weights_only()
         name_fsdp_arguments()

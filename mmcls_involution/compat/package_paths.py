@@ -1,4 +1,4 @@
-"""Find packages for ``_base_ = 'mmdet::...'`` without ``pkg_resources``."""
+"""Find packages for ``_base_ = 'mmdet::...'`` without ``pkg_resources``, and ours."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import importlib.metadata
 import importlib.util
 import inspect
 from pathlib import Path
+
+from mmcls_involution.paths import ROOT
+
+OWN = 'mmcls_involution::'
 
 
 def replace_pkg_resources() -> None:
@@ -33,6 +37,27 @@ def replace_pkg_resources() -> None:
         for function in (is_installed, get_installed_path):
             if hasattr(module, function.__name__):
                 setattr(module, function.__name__, function)
+
+
+def find_own_configs() -> None:
+    """Let a config inherit one of this package, ``_base_ = 'mmcls_involution::...'``.
+
+    MMEngine 0.10 knows the packages of OpenMMLab alone, and would look every type of
+    what is inherited up in our scope; a config of ours says its toolbox itself.
+    """
+    from mmengine.config import Config
+
+    stock = Config._get_cfg_path
+    if getattr(stock, 'finds', None) == OWN:
+        return
+
+    def get_cfg_path(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        if cfg_path.startswith(OWN):
+            return str(ROOT / 'configs' / cfg_path.removeprefix(OWN)), None
+        return stock(cfg_path, filename)
+
+    get_cfg_path.finds = OWN
+    Config._get_cfg_path = staticmethod(get_cfg_path)
 
 
 def _module_origin(package: str) -> Path | None:

@@ -41,7 +41,7 @@ def report(found: list[Finding]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='file, or name of a config of this package')
     parser.add_argument(
         '--split',
         nargs='+',

@@ -21,6 +21,7 @@ from mmengine.registry import MODELS, RUNNERS, Registry, init_default_scope
 from mmengine.runner import Runner
 
 from mmcls_involution.engine.errors import UserError, did_you_mean, unknown_type
+from mmcls_involution.paths import ROOT
 
 PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '
@@ -71,7 +72,8 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """Read a config, and make the library that it is for the default scope.
 
     Args:
-        path: Of the file.
+        path: Of the file; or, of a config that comes with this package, its path from
+            the folder that holds ``configs``, or its name.
         options: Settings that override it; see :func:`add_cfg_options`.
             Defaults to None.
 
@@ -80,6 +82,8 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
             library it is for is not installed.
     """
     path = Path(path)
+    if not path.is_file():
+        path = _shipped(path) or path
     if not path.is_file():
         raise UserError(f'Config not found: {path}.{_similar_files(path)}')
     try:
@@ -182,14 +186,23 @@ def _is_used(name: str, text: str) -> bool:
     return found > len(re.findall(rf'^{name}\s*=', text, re.MULTILINE))
 
 
+def _shipped(path: Path) -> Path | None:
+    """The config of this package that a path from its folder, or a name, means."""
+    name = f'{path.name.removesuffix(".py")}.py'
+    folders = [path.parent] if path.parent != Path() else (ROOT / 'configs').glob('*')
+    files = (ROOT / folder / name for folder in folders)
+    return next(filter(Path.is_file, files), None)
+
+
 def _similar_files(path: Path) -> str:
-    """Name the config files whose path resembles ``path``."""
+    """Name the config files whose path or name resembles ``path``."""
     folder = path.parent
     while not folder.is_dir():
         folder = folder.parent
     if folder == Path():
         folder = Path('configs')
     files = [str(file) for file in folder.glob('**/*.py')]
+    files += [file.stem for file in (ROOT / 'configs').glob('[!_]*/*.py')]
     return did_you_mean(str(path), files)
 
 

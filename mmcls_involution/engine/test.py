@@ -33,7 +33,7 @@ from mmcls_involution.weights.files import check_checkpoint
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='file, or name of a config of this package')
     parser.add_argument('checkpoint', help='checkpoint file or URL')
     parser.add_argument(
         '--out',

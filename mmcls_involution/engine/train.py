@@ -43,7 +43,7 @@ from mmcls_involution.weights.files import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('config', help='config file')
+    parser.add_argument('config', help='file, or name of a config of this package')
     parser.add_argument(
         '--resume',
         nargs='?',

@@ -60,7 +60,7 @@ EXAMPLES = 6  # pictures of predictions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='config file')
+    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='as of train.py')
     parser.add_argument(
         '--checkpoint',
         nargs='+',

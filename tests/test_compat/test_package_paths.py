@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mmcls_involution import compat
+from mmcls_involution.paths import ROOT
 
 
 def test_external_base_configs_without_pkg_resources(tmp_path, monkeypatch):
@@ -19,6 +20,22 @@ def test_external_base_configs_without_pkg_resources(tmp_path, monkeypatch):
     file = tmp_path / 'config.py'
     file.write_text("_base_ = 'mmdet::_base_/default_runtime.py'\n")
     assert Config.fromfile(file).default_scope == 'mmdet'
+
+
+def test_own_config_is_inherited_by_name(tmp_path):
+    pytest.importorskip('mmdet')
+    compat.apply()
+    from mmengine.config import Config
+
+    file = tmp_path / 'config.py'
+    name = 'bccd/faster-rcnn_rednet50_fpn_bccd.py'
+    file.write_text(f"_base_ = 'mmcls_involution::{name}'\n")
+    cfg = Config.fromfile(file)
+    assert cfg.model == Config.fromfile(ROOT / 'configs' / name).model
+    assert cfg.model.backbone.type == 'RedNet' and cfg.model._scope_ == 'mmdet'
+    file.write_text("_base_ = 'mmcls_involution::bccd/no.py'\n")
+    with pytest.raises(FileNotFoundError, match='bccd/no.py'):
+        Config.fromfile(file)
 
 
 def test_package_is_found_by_distribution_or_module_name():
