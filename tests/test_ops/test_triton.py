@@ -130,7 +130,7 @@ def test_float64_is_exact(layout, shape, groups, kernel, stride, padding, dilati
             assert ours.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize('rows, lanes', [(1, 32), (2, 32), (4, 128), (8, 16)])
+@pytest.mark.parametrize('rows, lanes', [(1, 32), (2, 32)])
 @pytest.mark.parametrize('name', ['stride 2, even', 'unequal strides', 'one row'])
 def test_every_block_gives_the_same(candidates, kernels, rows, lanes, name):
     cases = {**CASES, 'unequal strides': ((1, 4, 11, 10), 2, (3, 2), (3, 2), (2, 1), 1)}
@@ -146,7 +146,7 @@ def test_every_block_gives_the_same(candidates, kernels, rows, lanes, name):
 
 
 def test_the_tests_know_every_block(kernels):
-    known = {(1, 32), (2, 32), (4, 32), (4, 128), (8, 16)}  # (4, 32) is the default
+    known = {(1, 32), (2, 32), (4, 32)}  # (4, 32) is the default
     assert {(c.kwargs['ROWS'], c.kwargs['BLOCK_P']) for c in kernels.CONFIGS} == known
 
 
