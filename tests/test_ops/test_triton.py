@@ -130,7 +130,7 @@ def test_float64_is_exact(layout, shape, groups, kernel, stride, padding, dilati
             assert ours.is_contiguous(memory_format=layout)
 
 
-@pytest.mark.parametrize('rows, lanes', [(1, 32), (2, 32), (4, 128), (8, 16)])
+@pytest.mark.parametrize('rows, lanes', [(1, 32), (2, 32)])
 @pytest.mark.parametrize('name', ['stride 2, even', 'unequal strides', 'one row'])
 def test_every_block_gives_the_same(candidates, kernels, rows, lanes, name):
     cases = {**CASES, 'unequal strides': ((1, 4, 11, 10), 2, (3, 2), (3, 2), (2, 1), 1)}
@@ -146,7 +146,7 @@ def test_every_block_gives_the_same(candidates, kernels, rows, lanes, name):
 
 
 def test_the_tests_know_every_block(kernels):
-    known = {(1, 32), (2, 32), (4, 32), (4, 128), (8, 16)}  # (4, 32) is the default
+    known = {(1, 32), (2, 32), (4, 32)}  # (4, 32) is the default
     assert {(c.kwargs['ROWS'], c.kwargs['BLOCK_P']) for c in kernels.CONFIGS} == known
 
 
@@ -310,18 +310,25 @@ def test_cpu_tensors_are_refused():
         involution2d(x, weight, backend='triton')
 
 
+# In bfloat16 on sm_90: the time to issue over the memory's, waits in a row for loads.
+# Counted by Triton 3.9.0 (docs/benchmarks.md), and a tenth more for other versions.
+MOST = {
+    'forward': (1.8, 45),
+    'grad_input': (1.8, 30),
+    'grad_weight': (2.0, 30),
+}
+
+
+@pytest.mark.long  # the compiler takes minutes
 @pytest.mark.parametrize(
     'architecture, group_channels',
-    [
-        ('80', '16'),
-        *(
-            pytest.param(*arguments, marks=pytest.mark.long)
-            for arguments in (('90', '16'), ('80', '12'), ('90', '40'))
-        ),
-    ],
+    [('80', '16'), ('90', '16'), ('80', '12'), ('90', '40')],
 )
 def test_compiles_ahead(architecture, group_channels, tmp_path):
-    """The default blocks at 7x7 stay in registers, but for a few address values."""
+    """The default blocks at 7x7 all but stay in registers, and issue what is bound."""
+    package = Path(importlib.util.find_spec('triton').origin).parent
+    if not (package / 'backends' / 'nvidia' / 'bin' / 'nvdisasm').exists():
+        pytest.skip('this Triton brings no nvdisasm, which counts instructions')
     table = tmp_path / 'kernels.csv'
     tool = ROOT / 'tools' / 'analysis_tools' / 'compile_kernels.py'
     arguments = ['--architecture', architecture, '--quick', '--out', table]
@@ -342,7 +349,11 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
     for row in rows:
         assert 0 < int(row['registers']) <= 255
         if int(group_channels) <= 16:  # larger groups want one row: the tuner's choice
-            assert int(row['spilled bytes']) <= 32, row
+            assert int(row['spilled bytes']) <= 512, row
+        if (architecture, group_channels, row['dtype']) == ('90', '16', 'bf16'):
+            floor, waits = MOST[row['kernel']]
+            assert float(row['x floor']) <= floor, row
+            assert int(row['waits']) <= waits, row
 
 
 @pytest.mark.parametrize('most', [2, pytest.param(99, marks=pytest.mark.long)])

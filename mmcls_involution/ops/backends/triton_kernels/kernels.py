@@ -1,8 +1,9 @@
 """Triton kernels of involution: the forward pass and the two gradients.
 
-By count of their machine code (docs/benchmarks.md) they issue instructions for longer
-than the memory needs for the bytes, and wait for loads besides; so what counts is how
-often a value is loaded, and how many loads are under way at once. A program works on
+By count of their machine code (docs/benchmarks.md) issuing instructions binds them, not
+memory: of about 9,100 for 4 rows of 32 lanes in NCHW and half precision, 3,136 multiply
+and add, 3,900 load, clear and widen. Waiting comes next. So what counts is how often
+a value is loaded, and how many loads are under way at once. A program works on
 one group of channels, or on BLOCK_C of them, and on BLOCK_P lanes. A lane is one column
 and ROWS consecutive rows of an image; lanes run along the columns, then along the
 blocks of rows, then along the images, so that small images fill a program as well as
@@ -15,9 +16,10 @@ lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
   rows that makes 10 rows of tiles where every row alone reads 7, 28 in all. They come
   out of the L1 cache; of memory a program reads its own pixels and the border of their
   windows once.
-* In channels_last memory and half precision the taps of a row are loaded before the
-  tiles that they meet, so that a program waits once for many loads. In NCHW the
-  addresses of a tile's channels take the registers that this needs.
+* The loads for COLUMNS columns of taps are issued before their values are used, so that
+  a program waits once for many. A branch around them, taken in all but narrow images,
+  keeps the compiler from moving more loads up than the registers hold. Tiles of a row
+  lie at constant distances in NCHW, which instructions hold.
 * Sums are kept in float32 (in float64 for float64), without atomics. They run over the
   taps in one fixed order; over the channels in one that depends on the blocks alone.
 
@@ -38,9 +40,9 @@ import triton.language as tl
 
 logger = logging.getLogger(__name__)
 
-# With 32 lanes a thread of a warp holds a lane and all 16 channels, with 16 lanes half
-# of them. More rows share more tiles; fewer leave more programs for small images.
-BLOCKS = ((4, 32, 1), (8, 16, 1), (2, 32, 1), (1, 32, 1), (4, 128, 4))
+# A thread of a warp holds a lane and all 16 channels. More rows share more tiles; fewer
+# leave more programs for small images. Each takes the compiler a while.
+BLOCKS = ((4, 32, 1), (2, 32, 1), (1, 32, 1))
 CONFIGS = [
     triton.Config(dict(ROWS=rows, BLOCK_P=lanes), num_warps=warps, num_stages=1)
     for rows, lanes, warps in BLOCKS
@@ -61,11 +63,6 @@ def _candidates(configs, tensors, **constants):
     """What the tuner times, the one first that serves where nothing is timed."""
     if constants['DH'] > 1:  # dilated rows share no tiles
         return [config for config in configs if config.kwargs['ROWS'] == 1]
-    weight = tensors.get('weight')
-    if constants['CHANNELS_LAST'] and weight is not None and weight.itemsize == 2:
-        # These hold a row of taps: two rows of lanes do not spill, eight do by far.
-        few = [config for config in configs if config.kwargs['ROWS'] < 8]
-        return sorted(few, key=lambda config: config.kwargs['ROWS'] != 2) or configs
     return configs
 
 
@@ -212,23 +209,8 @@ def _pixels(tensor, image, channel, row, column, shape, CHANNELS_LAST: tl.conste
     return tensor + (channel + pixel)
 
 
-@triton.jit
-def _add_tile(
-    sums, taps, column: tl.constexpr, tile, t: tl.constexpr,
-    FIRST: tl.constexpr, STEP: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Add a tile, times their taps, to the sums of the rows whose windows it is in.
-
-    They are the rows r with t - FIRST - r * STEP in [0, SPAN). `taps` has ROWS values
-    for one column of the kernels after the other.
-    """
-    new = ()
-    for r in tl.static_range(ROWS):
-        total = sums[r]
-        if t >= FIRST + r * STEP and t - FIRST - r * STEP < SPAN:
-            total += taps[column * ROWS + r].to(total.dtype) * tile.to(total.dtype)
-        new += (total,)
-    return new
+# Columns of taps whose loads are under way at once. Eight would spill.
+COLUMNS = tl.constexpr(4)
 
 
 @tuned(CONFIGS)
@@ -248,7 +230,6 @@ def forward(
     sum_type: tl.constexpr = (
         tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     )
-    is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
     image, row, column, part = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
     group, channel, in_group = _channels(part, GROUP_CHANNELS, BLOCK_C)
@@ -264,45 +245,40 @@ def forward(
     kernels = weight + (image * groups + group) * (KH * KW) * area
     kernels += row * out_width + column
 
-    sums = ()
-    for _ in tl.static_range(ROWS):
+    sums, starts = (), ()
+    for r in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
-    # What the registers hold.
-    row_ahead: tl.constexpr = CHANNELS_LAST and KW <= 8 and is_half
+        # Row t is equally far from each: no pointer serves two t, to be kept till then.
+        starts += (kernels + r * (out_width - SH * KW * area),)
     for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
         rows = lanes & (y + t >= 0) & (y + t < height)
-        if row_ahead:
-            taps = ()
-            for v in tl.static_range(KW):
-                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-                for r in tl.static_range(ROWS):
-                    if t >= r * SH and t - r * SH < KH * DH:
-                        tap = (t - r * SH) // DH * KW + v
-                        real = inside & (row + r < out_height)
-                        value = tl.load(kernels + (tap * area + r * out_width), real, 0)
-                        taps += (value,)
-                    else:
-                        taps += (0,)
-            for v in tl.static_range(KW):
-                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-                inside = inside if every else inside & in_group
-                tile = tl.load(pixels + (t * width + v * DW) * step, inside, 0)
-                sums = _add_tile(sums, taps, v, tile, t, 0, SH, KH * DH, ROWS)
-        else:
-            for v in range(KW):
-                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-                loaded = inside if every else inside & in_group
-                tile = tl.load(pixels + (t * width + v * DW) * step, loaded, 0)
+        line = pixels + t * width * step
+        for first in tl.static_range(0, KW, COLUMNS):
+            if first * DW < width + pad_width:
                 taps = ()
-                for r in tl.static_range(ROWS):
-                    if t >= r * SH and t - r * SH < KH * DH:
-                        tap = (t - r * SH) // DH * KW + v
-                        real = inside & (row + r < out_height)
-                        value = tl.load(kernels + (tap * area + r * out_width), real, 0)
-                        taps += (value,)
-                    else:
-                        taps += (0,)
-                sums = _add_tile(sums, taps, 0, tile, t, 0, SH, KH * DH, ROWS)
+                for v in tl.static_range(first, first + COLUMNS):
+                    if v < KW:
+                        inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                        for r in tl.static_range(ROWS):
+                            if t >= r * SH and t - r * SH < KH * DH:
+                                real = inside & (row + r < out_height)
+                                start = starts[r] + (t // DH * KW + v) * area
+                                taps += (tl.load(start, real, 0),)
+                            else:
+                                taps += (0,)
+                for v in tl.static_range(first, first + COLUMNS):
+                    if v < KW:
+                        inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                        inside = inside if every else inside & in_group
+                        tile = tl.load(line + v * DW * step, inside, 0)
+                        tile, new = tile.to(sum_type), ()
+                        for r in tl.static_range(ROWS):
+                            total = sums[r]
+                            if t >= r * SH and t - r * SH < KH * DH:
+                                tap = taps[(v - first) * ROWS + r]
+                                total += tap.to(sum_type) * tile
+                            new += (total,)
+                        sums = new
 
     shape = (channels, out_height, out_width)
     pixels = _pixels(output, image, channel, row, column, shape, CHANNELS_LAST)
@@ -344,7 +320,6 @@ def grad_input(
     sum_type: tl.constexpr = (
         tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
     )
-    is_half: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth == 16
     every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
     image, row, column, part = _lanes(
         batch, tl.cdiv(height, SH), tl.cdiv(width, SW), BLOCK_P, ROWS
@@ -373,47 +348,42 @@ def grad_input(
     sums = ()
     for _ in tl.static_range(ROWS):
         sums += (tl.zeros((BLOCK_C, BLOCK_P), sum_type),)
-    row_ahead: tl.constexpr = CHANNELS_LAST and KW <= 8 and is_half and SH * SW == 1
+    next_u: tl.constexpr = SH // GCD_H
+    next_v: tl.constexpr = SW // GCD_W
+    columns: tl.constexpr = COLUMNS if SW == 1 else 1
     for t in tl.static_range(0, taps_h * up + ROWS - 1, up):
         rows = lanes & (i >= t) & (i - t < out_height)
-        if row_ahead:
-            taps = ()
-            for v in tl.static_range(KW):
-                inside = rows & (j >= v * left) & (j - v * left < out_width)
-                for r in tl.static_range(ROWS):
-                    if t >= ROWS - 1 - r and t - (ROWS - 1 - r) < taps_h * up:
-                        tap = ((t - (ROWS - 1 - r)) // up * KW + v) * area
-                        offset = t * out_width + v * left
-                        taps += (tl.load(kernels + (tap - offset), inside, 0),)
-                    else:
-                        taps += (0,)
-            for v in tl.static_range(KW):
-                inside = rows & (j >= v * left) & (j - v * left < out_width)
-                inside = inside if every else inside & in_group
-                tile = tl.load(pixels - (t * out_width + v * left) * step, inside, 0)
-                sums = _add_tile(
-                    sums, taps, v, tile, t, ROWS - 1, -1, taps_h * up, ROWS
-                )
-        else:
-            for k in range(taps_w):
-                v = first_v + k * (SW // GCD_W)
-                if SW == 1 or v < KW:  # the same for all lanes
-                    inside = rows & (j >= k * left) & (j - k * left < out_width)
-                    offset = t * out_width + k * left
-                    loaded = inside if every else inside & in_group
-                    tile = tl.load(pixels - offset * step, loaded, 0).to(sum_type)
-                    new = ()
-                    for r in tl.static_range(ROWS):
-                        total = sums[r]
-                        above = t - (ROWS - 1 - r)
-                        if above >= 0 and above < taps_h * up:
-                            u = first_u + above // up * (SH // GCD_H)
-                            if SH == 1 or u < KH:
-                                tap = (u * KW + v) * area
-                                taps = tl.load(kernels + (tap - offset), inside, 0)
-                                total += taps.to(sum_type) * tile
-                        new += (total,)
-                    sums = new
+        line = pixels - t * out_width * step
+        for first in tl.static_range(0, taps_w, columns):
+            if (first * left < width + pad_width) & (first_v + first * next_v < KW):
+                taps = ()
+                for k in tl.static_range(first, first + columns):
+                    if k < taps_w:
+                        inside = rows & (j >= k * left) & (j - k * left < out_width)
+                        for r in tl.static_range(ROWS):
+                            if t > ROWS - 2 - r and t + r < taps_h * up + ROWS - 1:
+                                u = first_u + (t + r + 1 - ROWS) // up * next_u
+                                tap = (u * KW + first_v + k * next_v) * area
+                                offset = tap - (t * out_width + k * left)
+                                real = tl.where(u < KH, inside, False)
+                                taps += (tl.load(kernels + offset, real, 0),)
+                            else:
+                                taps += (0,)
+                for k in tl.static_range(first, first + columns):
+                    if k < taps_w:
+                        inside = rows & (j >= k * left) & (j - k * left < out_width)
+                        inside = inside if every else inside & in_group
+                        tile = tl.load(line - k * left * step, inside, 0).to(sum_type)
+                        new = ()
+                        for r in tl.static_range(ROWS):
+                            total = sums[r]
+                            if t > ROWS - 2 - r and t + r < taps_h * up + ROWS - 1:
+                                u = first_u + (t + r + 1 - ROWS) // up * next_u
+                                if SH == 1 or u < KH:  # the same for all lanes
+                                    tap = taps[(k - first) * ROWS + r]
+                                    total += tap.to(sum_type) * tile
+                            new += (total,)
+                        sums = new
 
     y = row * SH + phase_y
     x = column * SW + phase_x
@@ -424,83 +394,6 @@ def grad_input(
         real = real if every else real & in_group
         result = sums[r].to(output.dtype.element_ty)
         tl.store(pixels + r * SH * width * step, result, real)
-
-
-@triton.jit
-def _sum_channels(
-    grad, input, output, tap_step, row_step, image, row, column, group, lanes,
-    channels, height, width, out_height, out_width, pad_height, pad_width,
-    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    DH: tl.constexpr, DW: tl.constexpr,
-    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Products of dY and X under each tap, summed over the channels of the group.
-
-    Goes to `output` [1, BLOCK_P] and on by `tap_step` and `row_step`. Rows share tiles
-    of X as in the forward pass; tiles of dY stay in registers if BLOCK_C holds the
-    group, else they come out of the cache.
-    """
-    tl.static_assert(ROWS == 1 or DH == 1)
-    sum_type: tl.constexpr = (
-        tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
-    )
-    every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
-    blocks: tl.constexpr = (GROUP_CHANNELS + BLOCK_C - 1) // BLOCK_C
-    in_group = tl.arange(0, BLOCK_C)[:, None]
-    channel = group * GROUP_CHANNELS + in_group
-
-    y = row * SH - pad_height
-    x = column * SW - pad_width
-    shape = (channels, height, width)
-    pixels = _pixels(input, image, channel, y, x, shape, CHANNELS_LAST)
-    step = channels if CHANNELS_LAST else 1
-    next_block = BLOCK_C if CHANNELS_LAST else height.to(tl.int64) * width * BLOCK_C
-    shape = (channels, out_height, out_width)
-    grads = _pixels(grad, image, channel, row, column, shape, CHANNELS_LAST)
-    area = out_height.to(tl.int64) * out_width
-    next_grads = BLOCK_C if CHANNELS_LAST else area * BLOCK_C
-
-    held = ()
-    for r in tl.static_range(ROWS):
-        if blocks == 1:
-            real = lanes & (row + r < out_height)
-            real = real if every else real & (in_group < GROUP_CHANNELS)
-            held += (tl.load(grads + r * out_width * step, real, 0).to(sum_type),)
-    for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
-        rows = lanes & (y + t >= 0) & (y + t < height)
-        for v in range(KW):
-            inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
-            shift = (t * width + v * DW) * step
-            sums = ()
-            for _ in tl.static_range(ROWS):
-                sums += (tl.zeros((1, BLOCK_P), sum_type),)
-            for b in range(blocks):
-                in_block = in_group + b * BLOCK_C < GROUP_CHANNELS
-                loaded = inside if every else inside & in_block
-                tile = tl.load(pixels + (shift + b * next_block), loaded, 0)
-                tile = tile.to(sum_type)
-                new = ()
-                for r in tl.static_range(ROWS):
-                    total = sums[r]
-                    if t >= r * SH and t - r * SH < KH * DH:
-                        if blocks == 1:
-                            g = held[r]
-                        else:
-                            wanted = lanes & (row + r < out_height)
-                            wanted = wanted if every else wanted & in_block
-                            offset = r * out_width * step + b * next_grads
-                            g = tl.load(grads + offset, wanted, 0).to(sum_type)
-                        total += tl.sum(g * tile, axis=0, keep_dims=True)
-                    new += (total,)
-                sums = new
-            for r in tl.static_range(ROWS):
-                if t >= r * SH and t - r * SH < KH * DH:
-                    tap = (t - r * SH) // DH * KW + v
-                    stored = lanes & (row + r < out_height)
-                    result = tl.where(inside, sums[r], 0)
-                    result = result.to(output.dtype.element_ty)
-                    tl.store(output + (tap * tap_step + r * row_step), result, stored)
 
 
 @tuned(CONFIGS)
@@ -514,17 +407,93 @@ def grad_weight(
 ):  # fmt: skip
     """dH[u, v, i, j] = sum over c of dY[c, i, j] X[c, i*S + u*D - p, j*S + v*D - p].
 
-    Reads dY and X, writes dH.
+    Reads dY and X, writes dH. Rows share tiles of X as in the forward pass; tiles of dY
+    stay in registers if BLOCK_C holds the group, else they come out of the cache.
     """
-    image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
-    area = out_height.to(tl.int64) * out_width
-    groups = channels // GROUP_CHANNELS
-    kernels = output + (image * groups + group) * (KH * KW) * area
-    kernels += row * out_width + column
-    _sum_channels(
-        *(grad, input, kernels, area, out_width),
-        *(image, row, column, group, image < batch),
-        *(channels, height, width, out_height, out_width, pad_height, pad_width),
-        *(KH, KW, SH, SW, DH, DW, GROUP_CHANNELS, CHANNELS_LAST),
-        *(BLOCK_C, BLOCK_P, ROWS),
+    tl.static_assert(ROWS == 1 or DH == 1)
+    sum_type: tl.constexpr = (
+        tl.float64 if input.dtype.element_ty == tl.float64 else tl.float32
     )
+    # Products of pieces are added up before their channels are: fused multiply-adds.
+    PIECE: tl.constexpr = 4 if BLOCK_C > 4 else BLOCK_C
+    every: tl.constexpr = GROUP_CHANNELS % BLOCK_C == 0
+    blocks: tl.constexpr = (GROUP_CHANNELS + BLOCK_C - 1) // BLOCK_C
+    image, row, column, group = _lanes(batch, out_height, out_width, BLOCK_P, ROWS)
+    lanes = image < batch
+    in_group = tl.arange(0, PIECE)[:, None]
+    channel = group * GROUP_CHANNELS + in_group
+    area = out_height.to(tl.int64) * out_width
+    plane = image * (channels // GROUP_CHANNELS) + group
+    kernels = output + (plane * (KH * KW) * area + row * out_width + column)
+
+    y = row * SH - pad_height
+    x = column * SW - pad_width
+    shape = (channels, height, width)
+    pixels = _pixels(input, image, channel, y, x, shape, CHANNELS_LAST)
+    step = channels if CHANNELS_LAST else 1
+    next_channel = 1 if CHANNELS_LAST else height.to(tl.int64) * width
+    shape = (channels, out_height, out_width)
+    grads = _pixels(grad, image, channel, row, column, shape, CHANNELS_LAST)
+    next_grad = 1 if CHANNELS_LAST else area
+
+    held, lines = (), ()
+    for r in tl.static_range(ROWS):
+        for c in tl.static_range(0, BLOCK_C, PIECE):
+            if blocks == 1:
+                real = lanes & (row + r < out_height)
+                real = real if every else real & (in_group + c < GROUP_CHANNELS)
+                piece = grads + (r * out_width * step + c * next_grad)
+                held += (tl.load(piece, real, 0).to(sum_type),)
+    for c in tl.static_range(0, BLOCK_C, PIECE):
+        lines += (pixels + c * next_channel,)
+    for t in tl.static_range(0, KH * DH + (ROWS - 1) * SH, DH):
+        rows = lanes & (y + t >= 0) & (y + t < height)
+        for first in tl.static_range(0, KW, COLUMNS):
+            sums = ()
+            for _ in tl.static_range(COLUMNS * ROWS):
+                sums += (tl.zeros((PIECE, BLOCK_P), sum_type),)
+            if first * DW < width + pad_width:
+                for b in range(blocks):
+                    new = ()
+                    for v in tl.static_range(first, first + COLUMNS):
+                        inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                        tiles = ()
+                        for c in tl.static_range(0, BLOCK_C, PIECE):
+                            in_block = in_group + (b * BLOCK_C + c) < GROUP_CHANNELS
+                            loaded = inside if every else inside & in_block
+                            piece = lines[c // PIECE] + b * BLOCK_C * next_channel
+                            if v < KW:
+                                tile = tl.load(piece + v * DW * step, loaded, 0)
+                                tiles += (tile.to(sum_type),)
+                        for r in tl.static_range(ROWS):
+                            total = sums[(v - first) * ROWS + r]
+                            if v < KW and t >= r * SH and t - r * SH < KH * DH:
+                                for c in tl.static_range(0, BLOCK_C, PIECE):
+                                    if blocks == 1:
+                                        g = held[(r * BLOCK_C + c) // PIECE]
+                                    else:
+                                        in_block = in_group + (b * BLOCK_C + c)
+                                        in_block = in_block < GROUP_CHANNELS
+                                        wanted = lanes & (row + r < out_height)
+                                        wanted = wanted if every else wanted & in_block
+                                        offset = (b * BLOCK_C + c) * next_grad
+                                        offset += r * out_width * step
+                                        g = tl.load(grads + offset, wanted, 0)
+                                        g = g.to(sum_type)
+                                    total += g * tiles[c // PIECE]
+                            new += (total,)
+                    sums = new
+            for v in tl.static_range(first, first + COLUMNS):
+                inside = rows & (x + v * DW >= 0) & (x + v * DW < width)
+                for r in tl.static_range(ROWS):
+                    if v < KW and t >= r * SH and t - r * SH < KH * DH:
+                        tap = (t - r * SH) // DH * KW + v
+                        stored = lanes & (row + r < out_height)
+                        result = tl.sum(sums[(v - first) * ROWS + r], 0, True)
+                        result = tl.where(inside, result, 0)
+                        result = result.to(output.dtype.element_ty)
+                        tl.store(kernels + (tap * area + r * out_width), result, stored)
+        below = ()
+        for c in tl.static_range(0, BLOCK_C, PIECE):
+            below += (lines[c // PIECE] + width * DH * step,)
+        lines = below
