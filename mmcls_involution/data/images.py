@@ -55,15 +55,20 @@ def check_image(
                 file.load()
     except FileNotFoundError:
         return [Finding('missing image', path)], None
-    except (OSError, ValueError, cv2.error):
+    except (OSError, ValueError, cv2.error, Image.DecompressionBombError):
         return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
     if expected in (None, size):
         return [], size
+    return [other_size(path, size, expected)], size
+
+
+def other_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> Finding:
+    """Say that an image is not of the width and height that its annotations say."""
     detail = f'is {times(size)}, its annotations say {times(expected)}'
     if expected == size[::-1]:
         detail += ' (turned by its EXIF orientation?)'
-    return [Finding('image size', path, detail)], size
+    return Finding('image size', path, detail)
 
 
 def times(size: tuple[int, int]) -> str:
@@ -80,7 +85,7 @@ def image_size(path: str) -> tuple[int, int] | None:
         with Image.open(path) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return file.size[::-1] if turned else file.size
-    except OSError:
+    except (OSError, Image.DecompressionBombError):
         return None
 
 
