@@ -54,7 +54,7 @@ def check_image(
             with Image.open(path) as file:
                 file.load()
     except FileNotFoundError:
-        return [Finding('missing image', path)], None
+        return [Finding('missing image', path, 'does not exist')], None
     except (OSError, ValueError, cv2.error, Image.DecompressionBombError):
         return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
