@@ -93,7 +93,13 @@ EXTRAS = {
     'all': [*DET, *SEG, *CLS, 'mmcv-lite>=2.0.1,<2.2.0', 'torchvision'],
     # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
     # torch for CUDA pins one of its own.
-    'dev': ['pytest', 'pytest-xdist', 'ruff', 'triton>=3.4; sys_platform == "linux"'],
+    'dev': [
+        'hypothesis',
+        'pytest',
+        'pytest-xdist',
+        'ruff',
+        'triton>=3.4; sys_platform == "linux"',
+    ],
 }
 
 # Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,

@@ -303,6 +303,8 @@ class Entries:
         key, category = annotation['id'], annotation['category_id']
         image, size = self.sizes.get(annotation['image_id'], (None, None))
         box, area = annotation['bbox'], annotation['area']
+        if not isinstance(key, int | float | str):
+            raise ValueError(f'id {key!r}: expected a number')
         try:
             x, y, w, h = box
             finite = math.isfinite(x + y + w + h + area)
