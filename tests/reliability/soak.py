@@ -1,6 +1,6 @@
 """Kill a small training at random moments, resume it, and count what is lost.
 
-    python tests/reliability/soak.py [--kills 200] [--full 20] [--late] [--seed SEED]
+    python tests/reliability/soak.py [--kills 200] [--full 20] [--seed SEED]
 
 Each training saves after every iteration, so that many kills are inside of a save. It
 is killed by SIGKILL and resumed until it has ended, and then another one begins; its
@@ -9,9 +9,6 @@ end must be that of a training that nobody killed.
 A second part has the disk full for three saves. Where this program may mount one, that
 is a file system in memory, with a file that leaves no or little room; elsewhere writing
 past a limit of size fails as on a full disk.
-
-`--late` times, instead of both, how soon a training takes its first step: from the
-start, resumed at its first iteration, and at iteration 10,000.
 """
 
 from __future__ import annotations
@@ -24,7 +21,6 @@ import random
 import resource
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -46,8 +42,6 @@ from mmcls_involution.engine.config import build_runner  # noqa: E402
 from mmcls_involution.engine.loops import resume_exactly  # noqa: E402
 from mmcls_involution.engine.saving import save_safely  # noqa: E402
 from mmcls_involution.weights.files import latest_checkpoint  # noqa: E402
-
-LATE = 10_000  # iteration
 
 
 def runner_of(folder: Path, **changes) -> Runner:
@@ -199,81 +193,10 @@ def fill_often(folder: Path, whole: Path, times: int) -> str:
     return f'{times} trainings with a full {what}: {good} ended as without'
 
 
-class FirstStep(Hook):
-    """Stop after one step."""
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        raise StopIteration
-
-
-def first_step(folder: Path, at: int | None, by_epoch: bool) -> float:
-    """Seconds until a training has taken a step, from the checkpoint of an iteration.
-
-    Args:
-        folder: Where checkpoints are.
-        at: The iteration; None to begin anew.
-        by_epoch: Which loop.
-    """
-    run = folder / 'run'
-    run.mkdir()
-    if at is not None:
-        shutil.copy(folder / f'iter_{at}.pth', run)
-    before = time.perf_counter()
-    runner = runner_of(run, **late(by_epoch))
-    runner.register_hook(FirstStep())
-    try:
-        runner.train()
-    except StopIteration:
-        seconds = time.perf_counter() - before
-    assert runner.iter == (at or 0)
-    shutil.rmtree(run)
-    return seconds
-
-
-def late(by_epoch: bool) -> dict:
-    """A training long enough."""
-    length = dict(max_epochs=LATE) if by_epoch else dict(max_iters=2 * LATE)
-    changes = {f'train_cfg__{key}': value for key, value in length.items()}
-    return changes | dict(by_epoch=by_epoch, default_hooks__checkpoint__interval=LATE)
-
-
-def time_first_steps(folder: Path, by_epoch: bool, rounds: int = 7) -> str:
-    """Returns the medians."""
-    for last, more in ((1, dict(default_hooks__checkpoint__interval=1)), (LATE, {})):
-        runner = runner_of(folder / str(last), **late(by_epoch) | more)
-        runner.register_hook(EndAt(last))
-        try:
-            runner.train()
-        except StopIteration:
-            shutil.move(folder / str(last) / f'iter_{last}.pth', folder)
-    places = (None, 1, LATE)
-    seconds = [
-        [first_step(folder, at, by_epoch) for at in places] for _ in range(rounds)
-    ]
-    anew, first, late_one = map(statistics.median, zip(*seconds, strict=True))
-    return (
-        f'first step, {"epochs" if by_epoch else "iterations"}, medians of {rounds}: '
-        f'{anew:.3f} s anew, {first:.3f} s resumed at 1, {late_one:.3f} s resumed at '
-        f'{LATE}: {late_one / anew:.2f} and {late_one / first:.2f} times'
-    )
-
-
-class EndAt(Hook):
-    """Stop before the step after one, whose checkpoint is there."""
-
-    def __init__(self, last: int) -> None:
-        self.last = last
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if runner.iter == self.last:
-            raise StopIteration
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--kills', type=int, default=200)
     parser.add_argument('--full', type=int, default=20)
-    parser.add_argument('--late', action='store_true')
     parser.add_argument('--seed', type=int, default=random.randrange(2**32))
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -283,11 +206,6 @@ def main() -> None:
         folder = Path(folder)
         logging.disable(logging.CRITICAL)
         warm_up(folder / 'whole')
-        if arguments.late:
-            for by_epoch in (True, False):
-                (folder / str(by_epoch)).mkdir()
-                print(time_first_steps(folder / str(by_epoch), by_epoch), flush=True)
-            return
         print(f'--seed {arguments.seed}', flush=True)
         print(fill_often(folder, folder / 'whole', arguments.full), flush=True)
         print(kill_often(folder, folder / 'whole', arguments.kills), flush=True)
