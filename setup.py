@@ -95,7 +95,13 @@ EXTRAS = {
     'docs': ['sphinx', 'myst-parser', 'furo'],
     # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
     # torch for CUDA pins one of its own.
-    'dev': ['pytest', 'pytest-xdist', 'ruff', 'triton>=3.4; sys_platform == "linux"'],
+    'dev': [
+        'hypothesis',
+        'pytest',
+        'pytest-xdist',
+        'ruff',
+        'triton>=3.4; sys_platform == "linux"',
+    ],
 }
 
 # Plain C++ behind a C interface, loaded with ctypes: it links neither torch nor Python,

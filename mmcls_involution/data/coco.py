@@ -142,8 +142,10 @@ def check_quickly(
         yield Finding('no COCO file', str(error))
         return
     yield from _check_classes(path, ann_file, content, classes)
-    name = str(content.images[0].get('file_name'))
-    if not (folder / name).expanduser().exists():
+    # One may be missing; where several are, the folder is another one.
+    names = [str(image.get('file_name')) for image in content.images[:8]]
+    if not any((folder / name).expanduser().exists() for name in names):
+        name = names[0]
         detail = f'{ann_file} names the photo {name}, which is not in the folder '
         detail += '; '.join(filter(None, [str(folder), backslash(name)]))
         yield Finding('image folder', path, detail)
@@ -247,7 +249,7 @@ class Entries:
         ]
         for image in content.images:
             self._check_image(image)
-        unknown: Counter[str] = Counter()
+        unknown: Counter[Any] = Counter()
         zero = text = 0
         wanted = set(classes)
         for annotation in content.annotations:
@@ -264,10 +266,14 @@ class Entries:
             number = annotation.get('id')
             zero += number == 0
             text += isinstance(number, str)
-        self.found += [
-            Finding('unknown category', what, f'{count} annotation(s)')
-            for what, count in unknown.items()
-        ]
+        for category, count in unknown.items():
+            detail = f'{count} annotation(s)'
+            if category in self.names:
+                what = f'{self.names[category]} (id {category}), not among classes'
+                self.found.append(Finding('unknown category', what, detail))
+            else:
+                what = f'category_id {category!r}, not among the categories'
+                self.found.append(Finding('no such category', what, detail))
         if zero or text:
             what = 'annotation id 0' if zero else f'{text} annotation ids that are text'
             self.found.append(Finding('annotation id', what))
@@ -285,7 +291,7 @@ class Entries:
             self.found.append(Finding('malformed entry', place, _reason(error)))
 
     def _check_annotation(
-        self, annotation: dict, wanted: set[str], unknown: Counter[str]
+        self, annotation: dict, wanted: set[str], unknown: Counter[Any]
     ) -> str | None:
         """Check one; give the reason why it is not used, or None.
 
@@ -297,6 +303,8 @@ class Entries:
         key, category = annotation['id'], annotation['category_id']
         image, size = self.sizes.get(annotation['image_id'], (None, None))
         box, area = annotation['bbox'], annotation['area']
+        if not isinstance(key, int | float | str):
+            raise ValueError(f'id {key!r}: expected a number')
         try:
             x, y, w, h = box
             finite = math.isfinite(x + y + w + h + area)
@@ -311,10 +319,10 @@ class Entries:
         reason = None
         name = self.names.get(category)
         if name is None:
-            unknown[f'category_id {category!r}, not among the categories'] += 1
+            unknown[category] += 1
             reason = 'of an unknown category'
         elif name not in wanted:
-            unknown[f'{name} (id {category}), not among classes'] += 1
+            unknown[category] += 1
             reason = 'of a category that metainfo.classes does not name'
         if image is None:
             number = annotation['image_id']
@@ -348,11 +356,13 @@ class Entries:
                 place = f'annotation {key} of {image}'
                 self.found.append(Finding('no mask', place, 'has no segmentation'))
             elif wrong := _wrong_mask(mask, size):
-                short, detail = wrong
+                kind, detail = wrong
                 place = f'annotation {key} of {image}'
                 self.found.append(
                     Finding('short polygon', place, detail)
-                    if short
+                    if kind == 'short'
+                    else Finding('mask outside the image', place, detail)
+                    if kind == 'outside'
                     else Finding('broken mask', place, detail)
                 )
         return reason
@@ -397,30 +407,44 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[bool, str] | None:
-    """What is wrong with a segmentation, and whether its polygons are only short."""
+def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] | None:
+    """What is wrong with a mask: ``short``, ``outside`` or ``broken``, and why."""
     if isinstance(mask, dict):
         shape, counts = mask.get('size'), mask.get('counts')
         if not isinstance(counts, list | str) or len(shape or []) != 2:
-            return False, 'a run-length code needs "counts" and "size"'
+            return 'broken', 'a run-length code needs "counts" and "size"'
         if size is not None and shape != [size[1], size[0]]:
-            return False, f'its code is of {times(shape[::-1])}, not {times(size)}'
+            return 'broken', f'its code is of {times(shape[::-1])}, not {times(size)}'
         return None
     if not isinstance(mask, list):
         return (
-            False,
+            'broken',
             f'{str(mask)[:40]!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]',
         )
     for polygon in mask:
         if not isinstance(polygon, list):
-            return False, 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
-        # The first will do: COCO has 50 million of them.
-        if polygon and not isinstance(polygon[0], int | float):
-            return False, 'a polygon has something else than numbers'
+            return 'broken', 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+        try:
+            finite = math.isfinite(sum(polygon))
+        except TypeError:
+            finite = False
+        if not finite:
+            return 'broken', 'a polygon has something else than numbers'
     for polygon in mask:
         if len(polygon) < 6 or len(polygon) % 2:
             detail = f'a polygon of {len(polygon)} numbers: expected 3 or more pairs'
-            return True, detail
+            return 'short', detail
+    if size is not None:
+        for polygon in mask:
+            right, bottom = max(polygon[::2]), max(polygon[1::2])
+            if (
+                min(polygon) < -MARGIN
+                or right > size[0] + MARGIN
+                or bottom > size[1] + MARGIN
+            ):
+                detail = f'a polygon goes from {min(polygon[::2])}, '
+                detail += f'{min(polygon[1::2])} to {right}, {bottom}; image '
+                return 'outside', detail + times(size)
     return None
 
 

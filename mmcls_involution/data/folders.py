@@ -106,13 +106,16 @@ def _check_list(dataset: Any, number: int | None) -> tuple[list[Finding], list[s
         tuple: What is wrong with its lines, and the file names.
     """
     found, names = [], []
-    text = Path(dataset.ann_file).read_text()
+    try:
+        text = Path(dataset.ann_file).read_text('utf-8')
+    except UnicodeDecodeError as error:
+        return [Finding('malformed entry', dataset.ann_file, f'no text: {error}')], []
     for count, line in enumerate(text.splitlines(), 1):
         name, _, label = line.strip().rpartition(' ')
         place = f'{dataset.ann_file}:{count}'
         if not dataset.with_label:
             name = line.strip()
-        elif not name or not label.isdigit():
+        elif not name or not label.isdecimal():
             detail = f'{line!r}: expected a file name and a number'
             found.append(Finding('malformed entry', place, detail))
             continue

@@ -85,16 +85,21 @@ def check_image(
             with Image.open(path) as file:
                 file.load()
     except FileNotFoundError:
-        return [Finding('missing image', path)], None
-    except (OSError, ValueError, cv2.error):
+        return [Finding('missing image', path, 'does not exist')], None
+    except (OSError, ValueError, cv2.error, Image.DecompressionBombError):
         return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
     if expected in (None, size):
         return [], size
+    return [other_size(path, size, expected)], size
+
+
+def other_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> Finding:
+    """Say that an image is not of the width and height that its annotations say."""
     detail = f'is {times(size)}, its annotations say {times(expected)}'
     if expected == size[::-1]:
         detail += ' (turned by its EXIF orientation?)'
-    return [Finding('image size', path, detail)], size
+    return Finding('image size', path, detail)
 
 
 def times(size: tuple[int, int]) -> str:

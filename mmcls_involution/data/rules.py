@@ -107,21 +107,38 @@ _RULES = (
         'or take it out',
     ),
     Rule(
-        'duplicate', 'must be unique: training stops, or the later one hides the first'
+        'duplicate id',
+        'must be unique: the later one hides the first; number them anew',
+        quick=True,
     ),
+    Rule('duplicate', 'it counts as often; take the others out', warns=True),
     Rule(
         'annotation id',
         'our tools number it anew as they read the file, but pycocotools by itself '
         'takes a match with id 0 for none, and text for an error; number from 1',
     ),
-    Rule('unknown image', 'the annotation belongs to no image and is not used'),
+    Rule(
+        'unknown image',
+        'the annotation belongs to no image and is not used',
+        warns=True,
+    ),
+    Rule(
+        'no such category',
+        'these boxes are not used; the numbers or the categories are wrong',
+        warns=True,
+    ),
     Rule('unknown category', 'its boxes are not used; set metainfo.classes to name it'),
     Rule(
         'box without area',
         'or less than a pixel wide or high: not used in training; draw it again, or '
         'take it out',
+        warns=True,
     ),
-    Rule('box outside the image', 'cut off in training; the box or the size is wrong'),
+    Rule(
+        'box outside the image',
+        'cut off in training; the box or the size is wrong',
+        warns=True,
+    ),
     Rule(
         'no mask',
         'the config trains or evaluates masks, and stops here; draw it, or take the '
@@ -133,6 +150,11 @@ _RULES = (
         'it is not trained, or training or evaluation stop here; draw it again, or '
         'take the object out',
         quick=True,
+    ),
+    Rule(
+        'mask outside the image',
+        'cut off in training; the polygon or the size is wrong',
+        warns=True,
     ),
     Rule(
         'short polygon',
@@ -248,5 +270,8 @@ def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:
     except TypeError:  # no ids at all, but lists, say
         pass
     for item, count in Counter(map(repr, items)).items():
-        if count > 1:
-            yield Finding('duplicate', f'{what} {item}', f'{count} times')
+        place, detail = f'{what} {item}', f'{count} times'
+        if count > 1 and what.endswith(' id'):
+            yield Finding('duplicate id', place, detail)
+        elif count > 1:
+            yield Finding('duplicate', place, detail)

@@ -7,6 +7,7 @@ import logging
 import pickle
 from collections.abc import Iterator
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -41,6 +42,12 @@ def check_resume(cfg: Config) -> None:
     path = cfg.load_from
     if '://' in path or cfg.get('runner_type'):
         return  # not here yet; FlexibleRunner keeps its state in another form
+    if Path(path).is_dir():
+        raise UserError(
+            f'Cannot resume {path}: it is a folder, as FSDP writes with '
+            "state_dict_cfg='local', and only the FlexibleRunner of such a config "
+            'reads it. Resume with that config, or name a file.'
+        )
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except pickle.UnpicklingError:

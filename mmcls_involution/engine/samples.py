@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ from typing import Any
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
+from mmengine.dist import barrier, is_main_process
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmcls_involution.data import images, segmentation
@@ -58,11 +61,79 @@ class LastBatch(Hook):
         self._keep(runner.test_dataloader, data_batch)
 
 
+class BadSamples:
+    """Those that a training passes over, counted in a file of its work dir.
+
+    A file, because worker processes meet them, and because those of before a kill
+    count as well. Processes on machines that share no file system count for themselves.
+
+    Args:
+        folder (Path): The work dir.
+        limit (int): How many there may be.
+        resumed (bool): Whether the training goes on from an earlier one.
+    """
+
+    def __init__(self, folder: Path, limit: int, resumed: bool) -> None:
+        self.file = folder / 'bad_samples.txt'
+        self.limit = limit
+        if not resumed and is_main_process():
+            self.file.unlink(missing_ok=True)
+        barrier()
+
+    @property
+    def messages(self) -> list[str]:
+        """What is wrong with each, once."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        return [*dict.fromkeys(lines)]
+
+    def add(self, message: str) -> None:
+        """Count one, unless it has been.
+
+        Raises:
+            UserError: If it is one too many; it says which ones there are.
+        """
+        known = self.messages
+        found = [*dict.fromkeys([*known, message])]
+        if len(found) > self.limit:
+            earlier = f' {len(known)} before it: {self.file}.' if known else ''
+            raise UserError(
+                f'{message}{earlier} {ALL} To pass over such samples, up to N of '
+                f'them: --max-bad-samples N (now {self.limit}).'
+            )
+        if len(found) == len(known):
+            return
+        with self.file.open('a') as file:
+            file.write(f'{message}\n')
+        print_log(
+            f'Bad sample {len(found)} of at most {self.limit}, another one takes its '
+            f'place: {message}',
+            logger='current',
+            level=logging.WARNING,
+        )
+
+    def report(self) -> None:
+        """Say at the end of a training what it has passed over."""
+        if found := self.messages:
+            print_log(
+                f'{len(found)} bad sample(s) were passed over, others took their '
+                f'place: {" ".join(found[:5])}{" ..." if len(found) > 5 else ""} All: '
+                f'{self.file}',
+                logger='current',
+                level=logging.WARNING,
+            )
+
+
 @contextlib.contextmanager
-def samples_by_name(runner: Runner) -> Iterator[None]:
+def samples_by_name(runner: Runner, bad: BadSamples | None = None) -> Iterator[None]:
     """End a run that an image or a label stops with a message that names the file.
 
     Worker processes inherit this where they are forked, as on Linux.
+
+    Args:
+        runner (Runner): Of the run.
+        bad (BadSamples, optional): Counts the samples that training passes over, for
+            which its data sets give another one, by the random numbers of the batch.
+            Those of validation are never passed over: the scores would be of others.
 
     Raises:
         UserError: For an error in the preparation of a sample, or in a model whose
@@ -74,12 +145,27 @@ def samples_by_name(runner: Runner) -> Iterator[None]:
 
     @functools.wraps(stock)
     def prepare_data(self: BaseDataset, idx: int) -> Any:
+        cause = None
         try:
-            return stock(self, idx)
+            data = stock(self, idx)
+            if self.test_mode or bad is None:
+                return data
+            message = _unfit(self, idx, data, bad.limit > 0, runner.cfg)
+            if message is None:
+                return data
         except Exception as error:
-            if message := _unprepared(self, idx, error, runner.cfg):
-                raise UserError(message) from error
-            raise
+            message, cause = _unprepared(self, idx, error, runner.cfg), error
+            if message is None:
+                raise
+            if self.test_mode or bad is None:
+                raise UserError(f'{message} {ALL}') from error
+        bad.add(message)
+        # Of this process; where all are bad a data set would search for ever.
+        indices = vars(self).setdefault('_bad_indices', set())
+        indices.add(idx)
+        if len(indices) == len(self):
+            raise UserError(f'All {len(self)} samples are bad. {message}') from cause
+        return None
 
     BaseDataset.prepare_data = prepare_data
     try:
@@ -100,13 +186,42 @@ def samples_by_name(runner: Runner) -> Iterator[None]:
         BaseDataset.prepare_data = stock
 
 
+def _unfit(
+    dataset: BaseDataset, idx: int, data: Any, ahead: bool, cfg: Config
+) -> str | None:
+    """What is wrong with a sample that the pipeline has prepared.
+
+    Args:
+        dataset: Of the sample.
+        idx: Its index.
+        data: What the pipeline made of it.
+        ahead: Whether to look for what the model will fail on, too late to pass over
+            it: a label map of another size, or with values that are no class.
+        cfg: The whole config.
+    """
+    sample = data.get('data_samples') if isinstance(data, dict) else None
+    info = dataset.get_data_info(idx)
+    shape = getattr(sample, 'ori_shape', None)
+    said = info.get('height'), info.get('width')
+    if shape is not None and None not in said and tuple(shape[:2]) != said:
+        finding = images.other_size(info['img_path'], tuple(shape[1::-1]), said[::-1])
+        return finding.message
+    if ahead and info.get('seg_map_path') and hasattr(dataset, 'label_map'):
+        known = vars(dataset).setdefault('_sound_indices', set())
+        if idx not in known:
+            if found := _faults(dataset, info, cfg):
+                return found[0].message
+            known.add(idx)
+    return None
+
+
 def _unprepared(
     dataset: BaseDataset, idx: int, error: Exception, cfg: Config
 ) -> str | None:
     """The message for a sample that the pipeline fails on; None for a bug."""
     info = dataset.get_data_info(idx)
     if found := _faults(dataset, info, cfg):
-        return f'{found[0].message} {ALL}'
+        return found[0].message
     place = traceback.extract_tb(error.__traceback__)[-1]
     folders = {
         Path(sys.modules[name].__file__).parent for name in UPSTREAM & set(sys.modules)
@@ -116,7 +231,7 @@ def _unprepared(
     return (
         f'{info["img_path"]} cannot be prepared by the pipeline of the config: '
         f'{type(error).__name__}: {" ".join(str(error).split())} '
-        f'({place.filename}:{place.lineno}). {ALL}'
+        f'({place.filename}:{place.lineno}).'
     )
 
 

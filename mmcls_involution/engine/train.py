@@ -32,7 +32,7 @@ from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.hooks import LossCheck, OwnBest, WeightsCheck
 from mmcls_involution.engine.loops import resume_exactly
 from mmcls_involution.engine.resume import check_resume
-from mmcls_involution.engine.samples import samples_by_name
+from mmcls_involution.engine.samples import BadSamples, samples_by_name
 from mmcls_involution.engine.saving import save_safely
 from mmcls_involution.weights.files import (
     check_checkpoint,
@@ -69,6 +69,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action='store_true',
         help='pass over a batch whose loss or gradient is not finite, and name it, '
         'instead of stopping there',
+    )
+    parser.add_argument(
+        '--max-bad-samples',
+        type=int,
+        default=0,
+        metavar='N',
+        help='pass over up to N samples whose image or label is missing, damaged or '
+        'does not fit the annotations, and name them; another sample takes the place '
+        'of each (default 0: stop at the first one)',
     )
     add_common_arguments(parser)
 
@@ -176,6 +185,10 @@ def main(args: argparse.Namespace) -> None:
     runner.register_hook(WeightsCheck(complete=False))
     if is_main_process():
         set_aside_checkpoints(runner)
-    with samples_by_name(runner):
+    bad = BadSamples(
+        Path(runner.work_dir), args.max_bad_samples, bool(cfg.get('resume'))
+    )
+    with samples_by_name(runner, bad):
         runner.train()
+    bad.report()
     print_log(f'Done. Checkpoints and logs: {runner.work_dir}', logger='current')

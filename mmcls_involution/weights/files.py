@@ -129,6 +129,9 @@ def _damage(file: Path) -> str | None:
     """What keeps a checkpoint from being loaded in full; None if nothing does."""
     if not file.exists():
         return 'missing'
+    if file.is_dir():
+        # Whether all processes have written all of it cannot be seen.
+        return 'a folder, as FSDP writes; --resume FOLDER takes it'
     try:
         # torch does not look at the check sums.
         with zipfile.ZipFile(file) as archive:

@@ -14,10 +14,23 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
-def build() -> Callable[[Config], Any]:
-    """The runner of a config, as ``train.py`` has it but for its checks."""
+def forget_runs() -> Callable[[], None]:
+    """Drop the loggers and message hubs that MMEngine keeps for the whole process."""
     from mmengine.utils import ManagerMixin
 
+    def forget() -> None:
+        classes = [ManagerMixin]
+        while classes:
+            cls = classes.pop()
+            cls._instance_dict.clear()
+            classes += cls.__subclasses__()
+
+    return forget
+
+
+@pytest.fixture
+def build(forget_runs) -> Callable[[Config], Any]:
+    """The runner of a config, as ``train.py`` has it but for its checks."""
     from mmcls_involution import compat
     from mmcls_involution.engine.config import build_runner
     from mmcls_involution.engine.loops import resume_exactly
@@ -26,11 +39,7 @@ def build() -> Callable[[Config], Any]:
     compat.apply()
 
     def get(cfg: Config) -> Any:
-        classes = [ManagerMixin]
-        while classes:
-            cls = classes.pop()
-            cls._instance_dict.clear()
-            classes += cls.__subclasses__()
+        forget_runs()
         save_safely(cfg)
         resume_exactly(cfg)
         return build_runner(cfg)

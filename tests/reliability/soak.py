@@ -1,22 +1,27 @@
 """Kill a small training at random moments, resume it, and count what is lost.
 
-    python tests/reliability/soak.py [--kills 200] [--seed SEED]
+    python tests/reliability/soak.py [--kills 200] [--full 20] [--seed SEED]
 
 Each training saves after every iteration, so that many kills are inside of a save. It
 is killed by SIGKILL and resumed until it has ended, and then another one begins; its
-end must be that of a training that nobody killed. A second part has the disk full in a
-save: writing a file past a limit of size fails as on a full disk.
+end must be that of a training that nobody killed.
+
+A second part has the disk full for three saves. Where this program may mount one, that
+is a file system in memory, with a file that leaves no or little room; elsewhere writing
+past a limit of size fails as on a full disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +32,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 import toy  # noqa: E402
+from mmengine.config import config as mmengine_config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
+from mmengine.runner import Runner  # noqa: E402
+from mmengine.utils import ManagerMixin  # noqa: E402
 
 from mmcls_involution import compat  # noqa: E402
 from mmcls_involution.engine.config import build_runner  # noqa: E402
@@ -36,35 +44,43 @@ from mmcls_involution.engine.saving import save_safely  # noqa: E402
 from mmcls_involution.weights.files import latest_checkpoint  # noqa: E402
 
 
-def train(folder: Path, limit: int | None = None) -> None:
-    """Train, from the newest checkpoint if there is one."""
-    cfg = toy.config(folder)
-    cfg.default_hooks.checkpoint.update(by_epoch=False, interval=1, max_keep_ckpts=2)
+def runner_of(folder: Path, **changes) -> Runner:
+    """A training that goes on from the newest checkpoint, if there is one."""
+    cfg = toy.config(folder, **changes)
+    cfg.default_hooks.checkpoint.update(by_epoch=False, max_keep_ckpts=2)
     if (latest := latest_checkpoint(folder)) is not None:
         cfg.resume, cfg.load_from = True, str(latest)
     save_safely(cfg)
     resume_exactly(cfg)
-    runner = build_runner(cfg)
-    if limit:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        third = FullDisk(limit)
-        runner.register_hook(third)
-    runner.train()
+    return build_runner(cfg)
 
 
 class FullDisk(Hook):
-    """No file grows past a limit from the seventh iteration to the ninth."""
+    """The disk is full from the seventh iteration to the ninth.
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    Args:
+        room: Bytes that a file may have, or on a file system of its own, that are left.
+        own: Whether the work dir is on a file system that is its own.
+    """
+
+    def __init__(self, room: int, own: bool) -> None:
+        self.room, self.own = room, own
 
     def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        full = 6 <= runner.iter < 9
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit if full else most, most))
+        if not self.own:
+            most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+            limit = self.room if 6 <= runner.iter < 9 else most
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+            return
+        ballast = Path(runner.work_dir, 'ballast')
+        if runner.iter == 6:
+            free = shutil.disk_usage(runner.work_dir).free
+            ballast.write_bytes(bytes(max(0, free - self.room)))
+        elif runner.iter == 9:
+            ballast.unlink()
 
 
-def start(folder: Path, limit: int | None = None) -> int:
+def start(folder: Path, full: FullDisk | None = None) -> int:
     """Train in a process of its own."""
     if process := os.fork():
         return process
@@ -73,10 +89,27 @@ def start(folder: Path, limit: int | None = None) -> int:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         logging.disable(logging.CRITICAL)
-        train(folder, limit)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        runner = runner_of(folder, default_hooks__checkpoint__interval=1)
+        if full:
+            runner.register_hook(full)
+        runner.train()
         status = 0
     finally:
         os._exit(status)
+
+
+def warm_up(folder: Path) -> None:
+    """Train once here, so that no process that is forked spends its time on imports."""
+    # A checkpoint holds the config; to lay out its text takes longer than to train.
+    mmengine_config.FormatCode = lambda text, **_: (text, True)
+    with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null):
+        runner_of(folder, default_hooks__checkpoint__interval=1).train()
+    classes = [ManagerMixin]
+    while classes:
+        cls = classes.pop()
+        cls._instance_dict.clear()
+        classes += cls.__subclasses__()
 
 
 def iteration(folder: Path) -> int:
@@ -103,6 +136,13 @@ def kill_often(folder: Path, whole: Path, kills: int) -> str:
     length = time.time() - started
     killed = ended = equal = lost = 0
     run = folder / 'run'
+
+    def counted() -> str:
+        return (
+            f'{killed} kills: {lost} times a checkpoint was lost, every file loaded; '
+            f'{ended} trainings ended, {equal} of them bit-equal to one without a kill'
+        )
+
     while killed < kills:
         run.mkdir(exist_ok=True)
         process = start(run)
@@ -115,16 +155,15 @@ def kill_often(folder: Path, whole: Path, kills: int) -> str:
             now = iteration(run)
             lost += now < lost_before(run)
             (run / 'seen').write_text(str(now))
+            if killed % 10 == 0:
+                print(counted(), flush=True)
             continue
         if os.WEXITSTATUS(status):
             raise SystemExit(f'A resumed training failed; its folder: {run}')
         ended += 1
         equal += same(run, whole)
         shutil.rmtree(run)
-    return (
-        f'{killed} kills: {lost} times a checkpoint was lost, every file loaded; '
-        f'{ended} trainings ended, {equal} of them bit-equal to one without a kill'
-    )
+    return counted()
 
 
 def lost_before(run: Path) -> int:
@@ -136,12 +175,22 @@ def lost_before(run: Path) -> int:
 def fill_often(folder: Path, whole: Path, times: int) -> str:
     """Returns what was counted."""
     good = 0
-    for number in range(times):
-        run = folder / f'full_{number}'
-        _, status = os.waitpid(start(run, random.randrange(1, 12_000)), 0)
-        good += status == 0 and iteration(run) == 20 and same(run, whole)
-        shutil.rmtree(run)
-    return f'{times} trainings with a full disk: {good} ended as without'
+    run = folder / 'full'
+    run.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=1m', 'tmpfs', run]
+    own = subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        for _ in range(times):
+            full = FullDisk(random.randrange(1, 12_000), own)
+            _, status = os.waitpid(start(run, full), 0)
+            good += status == 0 and iteration(run) == 20 and same(run, whole)
+            for entry in run.iterdir():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    finally:
+        if own:
+            subprocess.run(['umount', run], check=True)
+    what = 'disk' if own else 'disk, by a limit on the size of files'
+    return f'{times} trainings with a full {what}: {good} ended as without'
 
 
 def main() -> None:
@@ -155,7 +204,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        os.waitpid(start(folder / 'whole'), 0)
+        logging.disable(logging.CRITICAL)
+        warm_up(folder / 'whole')
         print(f'--seed {arguments.seed}', flush=True)
         print(fill_often(folder, folder / 'whole', arguments.full), flush=True)
         print(kill_often(folder, folder / 'whole', arguments.kills), flush=True)

@@ -15,6 +15,7 @@ import toy  # noqa: E402
 from mmengine.fileio import LocalBackend  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 
+from mmcls_involution.engine.errors import UserError  # noqa: E402
 from mmcls_involution.engine.saving import SafeCheckpointHook, save_safely  # noqa: E402
 from mmcls_involution.weights import files  # noqa: E402
 
@@ -187,3 +188,20 @@ def test_the_newest_that_loads_in_full(train, tmp_path, monkeypatch):
     for number in (1, 2):
         (tmp_path / f'epoch_{number}.pth').write_bytes(b'')
     assert files.latest_checkpoint(tmp_path) is None
+
+
+def test_a_folder_is_not_resumed_by_itself(tmp_path, monkeypatch):
+    """FSDP writes one, a part of the weights for each process."""
+    from mmcls_involution.engine.resume import check_resume
+
+    torch.save(dict(state_dict={}), tmp_path / 'epoch_1.pth')
+    os.utime(tmp_path / 'epoch_1.pth', (1, 1))
+    folder = tmp_path / 'epoch_2.pth'
+    folder.mkdir()
+    warnings = []
+    monkeypatch.setattr(files, 'print_log', lambda text, **_: warnings.append(text))
+    assert files.latest_checkpoint(tmp_path).name == 'epoch_1.pth'
+    assert 'epoch_2.pth: a folder' in warnings[0]
+    cfg = toy.config(tmp_path, load_from=str(folder))
+    with pytest.raises(UserError, match='epoch_2.pth: it is a folder, as FSDP'):
+        check_resume(cfg)

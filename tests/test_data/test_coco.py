@@ -33,9 +33,9 @@ def image(**changes) -> Callable[[dict], None]:
         (image(width='wide'), ('malformed entry', 'image 1.png', "'wide'")),
         (image(width='64'), ('malformed entry', 'image 1.png', "('64', 64): expected")),
         (lambda c: c['images'][1].pop('height'), ('malformed entry', '1.png', 'heigh')),
-        (annotation(id=1), ('duplicate', 'annotation id 1', '2 times')),
+        (annotation(id=1), ('duplicate id', 'annotation id 1', '2 times')),
         (annotation(image_id=9), ('unknown image', 'annotation 2', 'image_id 9')),
-        (annotation(category_id=7), ('unknown category', 'category_id 7', '1 annot')),
+        (annotation(category_id=7), ('no such category', 'category_id 7', '1 annot')),
         (annotation(bbox=[4, 4, 0, 9]), ('box without area', '2 of 0.png', '0, 9]')),
         (annotation(area=0), ('box without area', '2 of 0.png', 'area 0')),
         (annotation(bbox=[50, 4, 20, 9]), ('box outside the image', '2 of 0.', '20')),
@@ -138,6 +138,10 @@ def test_class_without_objects_and_counts(coco, run, capsys):
         ([[8, 8, 32, 8, 32, 32, 8]], 'short polygon', 'a polygon of 7 numbers'),
         ([['8', '8', '32', '8', '32', '32']], 'broken mask', 'something else than nu'),
         ('8,8,32,8,32,32', 'broken mask', 'expected polygons'),
+        ([[8, 8, 32, 8, 32, float('nan')]], 'broken mask', 'something else than nu'),
+        ([[8, 8, 66, 8, 32, 32]], 'mask outside the image', '66, 32; image 64x64'),
+        ([[8, 8, 32, -2, 32, 32]], 'mask outside the image', 'from 8, -2 to 32'),
+        ([[8, 8, 65, 8, 32, 65]], None, ''),
         (
             dict(size=[32, 64], counts=[2048]),
             'broken mask',
@@ -267,8 +271,8 @@ def test_a_box_may_exceed_its_image_by_a_pixel(coco, run):
 def test_images_with_one_id_or_one_file(coco, run):
     edit(coco, image(id=1, file_name='0.png'))
     found = run('detector', coco)
-    assert [row[:2] for row in found if row[0] == 'duplicate'] == [
-        ('duplicate', 'image id 1'),
+    assert [row[:2] for row in found if 'duplicate' in row[0]] == [
+        ('duplicate id', 'image id 1'),
         ('duplicate', "image '0.png'"),
     ]
     # what the two annotations of the lost id 2 say
