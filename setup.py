@@ -104,7 +104,10 @@ KERNELS = Extension(
     'mmcls_involution.ops.backends.native._kernels',
     sources=[
         f'{NATIVE}/{name}.cpp'
-        for name in ('native', 'kernels_avx512', 'kernels_avx2', 'kernels_baseline')
+        for name in (
+            *('native', 'onnxruntime'),
+            *('kernels_avx512', 'kernels_avx2', 'kernels_baseline'),
+        )
     ],
     depends=[f'{NATIVE}/involution.h', f'{NATIVE}/kernels.h'],
     language='c++',
