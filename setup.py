@@ -91,6 +91,7 @@ EXTRAS = {
     'seg': SEG,
     'cls': CLS,
     'all': [*DET, *SEG, *CLS, 'mmcv-lite>=2.0.1,<2.2.0', 'torchvision'],
+    'deploy': ['onnx>=1.16', 'onnxscript', 'onnxruntime>=1.17'],
     # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
     # torch for CUDA pins one of its own.
     'dev': ['pytest', 'pytest-xdist', 'ruff', 'triton>=3.4; sys_platform == "linux"'],

@@ -17,6 +17,7 @@ COMMANDS = {
     'kernels': ('apis.vis_kernels', 'draw the kernels that a model generates'),
     'check': ('data.report', 'the data of a config: what would spoil its training'),
     'flops': ('flops', 'parameters and FLOPs of a config'),
+    'export': ('deployment.export', 'write a model for ONNX Runtime and others'),
     'reproduce': (
         'runs.reproduce',
         'train and test, and report beside the paper',

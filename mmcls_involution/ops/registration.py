@@ -159,8 +159,6 @@ def grad_of_weight(grad: Tensor, input: Tensor, *arguments) -> Tensor:
     return _product(grad, input, *arguments)
 
 
-
-
 def involution2d(input: Tensor, weight: Tensor, *arguments) -> Tensor:
     if standard.exporting():
         return standard.involution2d(input, weight, *arguments[:3])

@@ -12,7 +12,8 @@ Sizes may be symbols, of torch.export or of torch.jit.trace.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -21,9 +22,23 @@ from torch import Tensor
 TILE = 7  # of a feature map's sides at 224 pixels, and the fastest of 4, 7, 8 and 14
 
 
+_kept = False
+
+
 def exporting() -> bool:
-    """Whether an exporter to ONNX, either of the two, looks at the model now."""
-    return torch.onnx.is_in_onnx_export()
+    """Whether an exporter to ONNX, either of the two, is to see this form now."""
+    return torch.onnx.is_in_onnx_export() and not _kept
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Let exporters see the operators themselves; not for several threads at once."""
+    global _kept
+    _kept = True
+    try:
+        yield
+    finally:
+        _kept = False
 
 
 def involution2d(
