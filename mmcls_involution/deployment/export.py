@@ -222,8 +222,8 @@ def compare(
         ):
             if ours.shape != theirs.shape:
                 raise UserError(
-                    f'The exported model gives {name} {list(theirs.shape)} for an image '
-                    f'{list(shape)}, PyTorch {list(ours.shape)}.'
+                    f'The exported model gives {name} {list(theirs.shape)} for an '
+                    f'image {list(shape)}, PyTorch {list(ours.shape)}.'
                 )
             difference = (ours - theirs).abs().max() / ours.abs().max()
             worst = max(worst, difference.item())

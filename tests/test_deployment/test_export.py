@@ -25,7 +25,7 @@ needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in PACKAGES),
     reason=f'{" and ".join(PACKAGES)} are not installed',
 )
-SLIM = dict(depth=26, stem_channels=16, base_channels=16)
+SLIM = dict(depth=26, stem_channels=32, base_channels=16)
 # Batches and odd sizes that the example is not of.
 OTHERS = [(1, 3, 65, 97), (3, 3, 77, 64), (1, 3, 91, 129)]
 
