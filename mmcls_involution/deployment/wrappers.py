@@ -25,7 +25,7 @@ class Exported(nn.Module):
         model = copy.deepcopy(model)
         model.eval()  # MMPretrain's returns None
         model.requires_grad_(False)
-        model = _replace_pooling(fuse_conv_bn(model))
+        model = _replace_layers(fuse_conv_bn(model))
         self.model = model.backbone if backbone else model
         if backbone:
             self.kind = 'backbone'
@@ -99,7 +99,8 @@ class _AnySizePool(nn.Module):
         return inside / inside.sum(1, keepdim=True)
 
 
-def _replace_pooling(model: nn.Module) -> nn.Module:
+def _replace_layers(model: nn.Module) -> nn.Module:
+    """Put what exports for any size in the place of what does not."""
     for module in model.modules():
         for name, child in module.named_children():
             if type(child) is nn.AdaptiveAvgPool2d and child.output_size not in (
@@ -107,4 +108,11 @@ def _replace_pooling(model: nn.Module) -> nn.Module:
                 (1, 1),
             ):
                 setattr(module, name, _AnySizePool(child.output_size))
+            elif type(child).__name__ == 'Upsample' and not isinstance(
+                child, nn.Upsample
+            ):  # MMSegmentation's, which makes a constant of the size
+                upsample = nn.Upsample(
+                    child.size, child.scale_factor, child.mode, child.align_corners
+                )
+                setattr(module, name, upsample)
     return model
