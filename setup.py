@@ -93,6 +93,7 @@ EXTRAS = {
     'all': [*DET, *SEG, *CLS, 'mmcv-lite>=2.0.1,<2.2.0', 'torchvision'],
     'demo': ['gradio>=6.0,<7.0'],  # the command `web`
     'docs': ['sphinx', 'myst-parser', 'furo'],
+    'deploy': ['onnx>=1.16', 'onnxscript', 'onnxruntime>=1.17'],
     # Triton's interpreter and compiler test the GPU kernels where there is no GPU. A
     # torch for CUDA pins one of its own.
     'dev': [
@@ -112,7 +113,10 @@ KERNELS = Extension(
     'mmcls_involution.ops.backends.native._kernels',
     sources=[
         f'{NATIVE}/{name}.cpp'
-        for name in ('native', 'kernels_avx512', 'kernels_avx2', 'kernels_baseline')
+        for name in (
+            *('native', 'onnxruntime'),
+            *('kernels_avx512', 'kernels_avx2', 'kernels_baseline'),
+        )
     ],
     depends=[f'{NATIVE}/involution.h', f'{NATIVE}/kernels.h'],
     language='c++',

@@ -18,6 +18,7 @@ COMMANDS = {
     'web': ('apis.web', 'a page for models, images and kernels, in the browser'),
     'check': ('data.report', 'the data of a config: what would spoil its training'),
     'flops': ('flops', 'parameters and FLOPs of a config'),
+    'export': ('deployment.export', 'write a model for ONNX Runtime and others'),
     'reproduce': (
         'runs.reproduce',
         'train and test, and report beside the paper',

@@ -38,6 +38,7 @@ NOT_RUN = {
     r'python tools/reproduce\.py': 'test_runs/test_reproduce.py',
     r'python tools/(infer|visualizations/vis_kernels)\.py': 'test_apis',
     r'python -m mmcls_involution (kernels|web)': 'test_apis',
+    r'python -m mmcls_involution export': 'test_deployment',
     r'tensorboard --logdir': 'serves until it is stopped',
     r'python tools/model_converters/': 'test_weights/test_convert.py',
     r'python tools/check_dataset\.py': 'test_data',
@@ -53,6 +54,7 @@ NOT_RUN = {
 }
 # Pages -> why their Python is compiled and not executed.
 NOT_EXECUTED = {
+    'docs/deployment.md': 'reads an exported file: test_deployment makes one',
     'configs/imagenet/README.md': 'test_configs/test_metafiles.py runs it',
     **{
         f'configs/{name}/README.md': 'reads the checkpoint of a full training'

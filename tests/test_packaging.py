@@ -207,7 +207,7 @@ def requirements(metadata, extra: str = '') -> dict[str, SpecifierSet]:
 def test_plain_install_requires_torch_of_any_version_only(metadata):
     assert requirements(metadata) == {'torch': SpecifierSet()}
     extras = set(metadata.get_all('Provides-Extra'))
-    assert extras == {'det', 'seg', 'cls', 'all', 'demo', 'dev', 'docs'}
+    assert extras == {'det', 'seg', 'cls', 'all', 'demo', 'deploy', 'dev', 'docs'}
 
 
 def test_extras_ask_for_the_supported_ranges(metadata):

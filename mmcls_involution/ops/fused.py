@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from . import registration
+from . import registration, standard
 from .backends import BACKENDS, default_backend, named_backend
 from .backends.tiled import generate
 from .checks import check_types, pair, switch
@@ -140,7 +140,9 @@ def spanned_involution2d(
         fused (bool | None): Which of the two; None for the one that pays.
         **options: Further arguments of :func:`involution2d`.
     """
-    if fusing_pays(input, options['backend']) if fused is None else fused:
+    if fused is None:
+        fused = standard.exporting() or fusing_pays(input, options['backend'])
+    if fused:
         return fused_involution2d(
             input, reduced, weight, bias, kernel_size=kernel_size, **options
         )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from . import standard
 from .backends import choose, choose_fused, tiled
 from .backends.contract import Problem
 from .checks import DTYPES, check_fused, check_involution
@@ -149,10 +150,18 @@ _grad_of_weight.register_autograd(_grad_weight_backward, setup_context=_save_two
 # What Python calls.
 _transformed = transformable(_involution2d, _save_two, _involution2d_backward)
 grad_of_input = transformable(_grad_of_input, _save_two, _grad_input_backward)
-grad_of_weight = transformable(_grad_of_weight, _save_two, _grad_weight_backward)
+_product = transformable(_grad_of_weight, _save_two, _grad_weight_backward)
+
+
+def grad_of_weight(grad: Tensor, input: Tensor, *arguments) -> Tensor:
+    if standard.exporting():  # the attention generators call it in the forward pass
+        return standard.grad_of_weight(grad, input, *arguments[:4])
+    return _product(grad, input, *arguments)
 
 
 def involution2d(input: Tensor, weight: Tensor, *arguments) -> Tensor:
+    if standard.exporting():
+        return standard.involution2d(input, weight, *arguments[:3])
     if not active():
         return _involution2d(input, weight, *arguments)
     input, weight = as_autocast(input, weight)
@@ -354,6 +363,8 @@ def fused_involution2d(
 ) -> Tensor:
     """What Python calls; transforms get the two steps."""
     tensors = (input, reduced, weight, bias)
+    if standard.exporting():
+        return standard.fused_involution2d(*tensors, *arguments[:4])
     if not active():
         return _fused_involution2d(*tensors, *arguments)
     tensors = as_autocast(*tensors)

@@ -1,0 +1,357 @@
+"""Write a trained model as a file for ONNX Runtime and others, or for PyTorch alone.
+
+    python -m mmcls_involution export CONFIG [CHECKPOINT] --out model.onnx ...
+
+The file takes normalized images [N, 3, H, W], float32, and gives
+
+- of a classifier logits [N, classes];
+- of a segmenter logits [N, classes, H, W];
+- of a detector what its heads say of each level, and of a two-stage one the features:
+  mmcls_involution.deployment.detections makes boxes of them, with MMDetection;
+- with --backbone the features of each stage.
+
+Before the command says done it runs the file, at several odd sizes if it is --dynamic,
+and compares every output with PyTorch's: 1e-5 of the largest value is allowed.
+Classes, mean, std and the order of the channels are in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmcls_involution.apis.inferencer import build_inferencer
+from mmcls_involution.console import console
+from mmcls_involution.deployment.runtime import register_custom_operators
+from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.flops import SHAPES
+from mmcls_involution.ops import standard
+
+TOLERANCE = 1e-5  # of the largest value of an output
+OPERATORS = {
+    'involution2d': (2, 'Involution2d'),
+    'fused_involution2d': (4, 'FusedInvolution2d'),
+}
+
+
+def need(*packages: str) -> None:
+    """Check that packages can be imported.
+
+    Raises:
+        UserError: If one is not installed.
+    """
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f'ONNX needs {", ".join(missing)}, which is not installed: pip install '
+            f'{" ".join(missing)}. --format pt2 needs none of these.'
+        )
+
+
+def export_onnx(
+    model: Exported,
+    image: Tensor,
+    file: Path,
+    *,
+    dynamic: bool = False,
+    opset: int = 18,
+    exporter: str = 'torchscript',
+    operator: str = 'standard',
+) -> None:
+    """Write a model as ONNX.
+
+    Args:
+        model (Exported): What to write.
+        image (Tensor): An example, ``[N, 3, H, W]``.
+        file (Path): Where to.
+        dynamic (bool): Whether N, H and W may be others. Defaults to False.
+        opset (int): Of ONNX's operators. Defaults to 18.
+        exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two.
+        operator (str): ``'standard'``, or ``'custom'`` for this package's own, which
+            :func:`register_custom_operators` makes known to ONNX Runtime.
+    """
+    with torch.no_grad():
+        names = model.names(model(image))
+    options: dict[str, Any] = dict(
+        input_names=['image'], output_names=names, opset_version=opset
+    )
+    axes = {0: 'batch', 2: 'height', 3: 'width'}
+    if exporter == 'dynamo':
+        options.update(dynamo=True, verbose=False, external_data=False)
+        if dynamic:
+            any_size = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
+            options['dynamic_shapes'] = (any_size,)
+    else:
+        options['dynamo'] = False
+        if dynamic:
+            options['dynamic_axes'] = {'image': axes} | {
+                # of logits of a classifier the batch alone varies
+                name: {0: 'batch'} if model.kind == 'classifier' else axes
+                for name in names
+            }
+    with warnings.catch_warnings(), _operators(operator, opset):
+        warnings.simplefilter('ignore')  # of tracing: what came out is compared
+        torch.onnx.export(model, (image,), str(file), **options)
+
+
+@contextmanager
+def _operators(operator: str, opset: int) -> Iterator[None]:
+    """Have involution exported in standard operators, or as one of our own."""
+    if operator == 'standard':
+        yield
+        return
+
+    def symbolic(inputs: int, name: str) -> Callable[..., Any]:
+        def write(g: Any, *arguments: Any) -> Any:
+            from torch.onnx import symbolic_helper
+
+            tensors, rest = list(arguments[:inputs]), arguments[inputs:-1]
+            if inputs == 4 and symbolic_helper._is_none(tensors[3]):
+                tensors.pop()
+            keys = ('kernel_shape', 'strides', 'pads', 'dilations')[-len(rest) :]
+            values = (symbolic_helper._parse_arg(value, 'is') for value in rest)
+            attributes = {
+                f'{key}_i': list(value) for key, value in zip(keys, values, strict=True)
+            }
+            out = g.op(f'mmcls_involution::{name}', *tensors, **attributes)
+            return out.setType(tensors[0].type().with_sizes([None] * 4))
+
+        return write
+
+    for name, (inputs, node) in OPERATORS.items():
+        torch.onnx.register_custom_op_symbolic(
+            f'mmcls_involution::{name}', symbolic(inputs, node), opset
+        )
+    with standard.kept():
+        yield
+
+
+def export_pt2(
+    model: Exported, image: Tensor, file: Path, *, dynamic: bool, decompose: bool
+) -> None:
+    """Write a model for ``torch.export.load``.
+
+    Args:
+        model, image, file, dynamic: See :func:`export_onnx`.
+        decompose (bool): Into torch's own operators; else involution stays one, and who
+            loads the file imports ``mmcls_involution.ops`` first.
+    """
+    shapes = None
+    if dynamic:
+        any_size = torch.export.Dim.DYNAMIC
+        shapes = ({0: any_size, 2: any_size, 3: any_size},)
+    with torch.no_grad():
+        program = torch.export.export(model, (image,), dynamic_shapes=shapes)
+    if decompose:
+        operators = torch.ops.mmcls_involution
+        program = program.run_decompositions(
+            {
+                operators.involution2d.default: lambda *a: standard.involution2d(
+                    *a[:5]
+                ),
+                operators.fused_involution2d.default: (
+                    lambda *a: standard.fused_involution2d(*a[:8])
+                ),
+            }
+        )
+    torch.export.save(program, file)
+
+
+def load(file: Path, form: str, threads: int = 0) -> Callable[[Tensor], list[Tensor]]:
+    """A function that runs an exported file.
+
+    Args:
+        file (Path): From :func:`export_onnx` or :func:`export_pt2`.
+        form (str): ``'onnx'`` or ``'pt2'``.
+        threads (int): Of ONNX Runtime; 0 for its default. Defaults to 0.
+    """
+    if form == 'pt2':
+        module = torch.export.load(file).module()
+
+        def run(image: Tensor) -> list[Tensor]:
+            with torch.no_grad():
+                return list(module(image))
+
+        return run
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors alone
+    options.intra_op_num_threads = threads
+    register_custom_operators(options)
+    session = onnxruntime.InferenceSession(
+        str(file), options, providers=['CPUExecutionProvider']
+    )
+    return lambda image: [
+        torch.from_numpy(out) for out in session.run(None, {'image': image.numpy()})
+    ]
+
+
+def compare(
+    model: Exported, run: Callable[[Tensor], list[Tensor]], shapes: Sequence[tuple]
+) -> float:
+    """The largest difference of a file's outputs and the model's, over their scale.
+
+    Raises:
+        UserError: If it is above 1e-5, or a shape differs.
+    """
+    worst = 0.0
+    for shape in shapes:
+        image = torch.randn(shape)
+        with torch.no_grad():
+            expected = model(image)
+        try:
+            found = run(image)
+        except Exception as error:  # a runtime's own classes
+            raise UserError(
+                f'The exported model does not run on {list(shape)}: {error}'
+            ) from error
+        for name, ours, theirs in zip(
+            model.names(expected), expected, found, strict=True
+        ):
+            if ours.shape != theirs.shape:
+                raise UserError(
+                    f'The exported model gives {name} {list(theirs.shape)} for an '
+                    f'image {list(shape)}, PyTorch {list(ours.shape)}.'
+                )
+            difference = (ours - theirs).abs().max() / ours.abs().max()
+            worst = max(worst, difference.item())
+            if not difference <= TOLERANCE:  # NaN too
+                raise UserError(
+                    f'The exported model differs from PyTorch: {name} for an image '
+                    f'{list(shape)} by {difference:.1e} of its largest value; '
+                    f'{TOLERANCE:g} is allowed. No file was written.'
+                )
+    return worst
+
+
+def metadata(model: torch.nn.Module, classes: Any, size: Sequence[int]) -> dict:
+    """What who runs the file has to know of images and classes."""
+    preprocessor = model.data_preprocessor
+    swaps = getattr(preprocessor, 'to_rgb', False) or getattr(
+        preprocessor, '_channel_conversion', False
+    )
+    found = {
+        'classes': list(classes or []),
+        'channel_order': 'RGB' if swaps else 'BGR',
+        'size': list(size),
+    }
+    for key in ('mean', 'std'):
+        values = getattr(preprocessor, key, None)
+        found[key] = None if values is None else values.flatten().tolist()
+    return found
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    parser.add_argument('config', help='config file, or the name of one of ours')
+    parser.add_argument('checkpoint', nargs='?', help='default: as of infer')
+    parser.add_argument('--out', required=True, help='the file to write')
+    parser.add_argument(
+        '--format', choices=('onnx', 'pt2'), default='onnx', help='default: onnx'
+    )
+    parser.add_argument(
+        '--shape',
+        type=int,
+        nargs=2,
+        metavar=('HEIGHT', 'WIDTH'),
+        help="of the image in pixels (default: the paper's, as of flops)",
+    )
+    parser.add_argument(
+        '--dynamic', action='store_true', help='any batch, height and width'
+    )
+    parser.add_argument(
+        '--opset', type=int, default=18, help='of ONNX (default: %(default)s)'
+    )
+    parser.add_argument(
+        '--exporter',
+        choices=('torchscript', 'dynamo'),
+        default='torchscript',
+        help="which of torch's two (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--operator',
+        choices=('standard', 'custom'),
+        default='standard',
+        help="involution in standard operators, or as this package's own, which is "
+        'faster in ONNX Runtime and unknown elsewhere; of pt2, decomposed into '
+        "torch's operators or kept (default: %(default)s)",
+    )
+    parser.add_argument(
+        '--backbone', action='store_true', help="the model's backbone alone"
+    )
+
+
+def main(args: argparse.Namespace) -> None:
+    """The command ``export``."""
+    if args.format == 'onnx':
+        needed = ['onnx', 'onnxruntime']
+        need(*needed, *(['onnxscript'] if args.exporter == 'dynamo' else []))
+        if args.exporter == 'dynamo' and args.operator == 'custom':
+            raise UserError('--operator custom needs --exporter torchscript.')
+    out = Path(args.out)
+    if not out.parent.is_dir():
+        raise UserError(f'--out: the folder {out.parent} does not exist.')
+    inferencer = build_inferencer(args.config, args.checkpoint, 'cpu')
+    toolbox_model = inferencer.model
+    shape = args.shape or SHAPES[inferencer.cfg.default_scope]
+    classes = getattr(inferencer, 'classes', None) or (
+        getattr(toolbox_model, 'dataset_meta', None) or {}
+    ).get('classes')
+    model = Exported(toolbox_model, args.backbone)
+    image = torch.randn(2 if args.dynamic else 1, 3, *shape)
+    about = metadata(toolbox_model, classes, shape)
+    partial = out.with_name(f'.{out.name}')
+    try:
+        if args.format == 'onnx':
+            options = dict(exporter=args.exporter, operator=args.operator)
+            export_onnx(
+                model,
+                image,
+                partial,
+                dynamic=args.dynamic,
+                opset=args.opset,
+                **options,
+            )
+            _add_metadata(partial, about)
+        else:
+            decompose = args.operator == 'standard'
+            kept = dict(dynamic=args.dynamic, decompose=decompose)
+            export_pt2(model, image, partial, **kept)
+        shapes = [tuple(image.shape)]
+        if args.dynamic:
+            height, width = shape
+            shapes += [
+                (1, 3, height // 2 * 2 + 1, width // 2 * 2 - 1),
+                (3, 3, height // 4 * 2 + 1, width // 2 + 7),
+                (1, 3, height - 1, width // 4 * 2 + 3),
+            ]
+        worst = compare(model, load(partial, args.format), shapes)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+    console.print(
+        f'{out}: {model.kind}, {out.stat().st_size / 1e6:.1f} MB, at most {worst:.1e} '
+        f'of scale from PyTorch at {", ".join("x".join(map(str, s)) for s in shapes)}'
+    )
+
+
+def _add_metadata(file: Path, about: dict) -> None:
+    import onnx
+
+    proto = onnx.load(file)
+    for key, value in about.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, json.dumps(value)
+    onnx.save(proto, file)

@@ -1,0 +1,118 @@
+"""What of a model goes into a file: images in, tensors out, no data samples."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from mmcv.cnn import fuse_conv_bn
+from torch import Tensor, nn
+
+from mmcls_involution.engine.errors import UserError
+
+
+class Exported(nn.Module):
+    """A model as a function of normalized images ``[N, 3, H, W]``.
+
+    Args:
+        model (nn.Module): Of a toolbox; a copy of it is changed.
+        backbone (bool): Take its backbone alone. Defaults to False.
+    """
+
+    def __init__(self, model: nn.Module, backbone: bool = False) -> None:
+        super().__init__()
+        model = copy.deepcopy(model)
+        model.eval()  # MMPretrain's returns None
+        model.requires_grad_(False)
+        model = _replace_layers(fuse_conv_bn(model))
+        self.model = model.backbone if backbone else model
+        if backbone:
+            self.kind = 'backbone'
+        elif hasattr(model, 'decode_head'):
+            self.kind = 'segmenter'
+        elif hasattr(model, 'rpn_head') or hasattr(model, 'bbox_head'):
+            self.kind = 'detector'
+        elif hasattr(model, 'head'):
+            self.kind = 'classifier'
+        else:
+            raise UserError(
+                f'{type(model).__name__} is no classifier, encoder-decoder segmenter, '
+                'or one- or two-stage detector; --backbone exports its backbone.'
+            )
+        self.eval()  # torch's exporter restores the mode that the outermost had
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The outputs that :meth:`names` names."""
+        if self.kind == 'backbone':
+            return tuple(self.model(image))
+        features = self.model.extract_feat(image)
+        if self.kind == 'classifier':
+            return (self.model.head(features),)
+        if self.kind == 'segmenter':
+            logits = self.model.decode_head(features)
+            corners = self.model.align_corners
+            size = image.shape[2:]
+            return (
+                F.interpolate(logits, size, mode='bilinear', align_corners=corners),
+            )
+        if hasattr(self.model, 'rpn_head'):
+            scores, boxes = self.model.rpn_head(features)
+            return (*features, *scores, *boxes)
+        scores, boxes = self.model.bbox_head(features)
+        return (*scores, *boxes)
+
+    def names(self, outputs: tuple[Tensor, ...]) -> list[str]:
+        """Names of the outputs, given the outputs."""
+        if self.kind in ('classifier', 'segmenter'):
+            return ['logits']
+        if self.kind == 'backbone':
+            return [f'feature{i}' for i in range(len(outputs))]
+        two_stages = hasattr(self.model, 'rpn_head')
+        parts = ('feature', 'score', 'box') if two_stages else ('score', 'box')
+        levels = len(outputs) // len(parts)
+        return [f'{part}{i}' for part in parts for i in range(levels)]
+
+
+class _AnySizePool(nn.Module):
+    """nn.AdaptiveAvgPool2d by two matrices: ONNX has it for one output pixel alone."""
+
+    def __init__(self, size: int | tuple[int, int]) -> None:
+        super().__init__()
+        self.size = (size, size) if isinstance(size, int) else size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, *size]."""
+        rows, columns = (
+            self._means(x, axis, size)
+            for axis, size in zip((2, 3), self.size, strict=True)
+        )
+        return torch.matmul(torch.matmul(rows, x), columns.transpose(0, 1))
+
+    def _means(self, x: Tensor, axis: int, size: int) -> Tensor:
+        length = x.shape[axis]
+        pixels = torch.arange(length, device=x.device)
+        bins = torch.arange(size, device=x.device)[:, None]
+        first = bins * length // size
+        end = ((bins + 1) * length + size - 1) // size
+        inside = ((pixels >= first) & (pixels < end)).to(x.dtype)
+        return inside / inside.sum(1, keepdim=True)
+
+
+def _replace_layers(model: nn.Module) -> nn.Module:
+    """Put what exports for any size in the place of what does not."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.AdaptiveAvgPool2d and child.output_size not in (
+                1,
+                (1, 1),
+            ):
+                setattr(module, name, _AnySizePool(child.output_size))
+            elif type(child).__name__ == 'Upsample' and not isinstance(
+                child, nn.Upsample
+            ):  # MMSegmentation's, which makes a constant of the size
+                upsample = nn.Upsample(
+                    child.size, child.scale_factor, child.mode, child.align_corners
+                )
+                setattr(module, name, upsample)
+    return model

@@ -1,0 +1,189 @@
+"""Exported models against PyTorch, at odd and changing sizes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmcls_involution.deployment import detections, export
+from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops.backends import BACKENDS
+from mmcls_involution.paths import ROOT
+
+PACKAGES = ('onnx', 'onnxruntime')
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in PACKAGES),
+    reason=f'{" and ".join(PACKAGES)} are not installed',
+)
+SLIM = dict(depth=26, stem_channels=32, base_channels=16)
+# Batches and odd sizes that the example is not of.
+OTHERS = [(1, 3, 65, 97), (3, 3, 77, 64), (1, 3, 91, 129)]
+
+
+def slim(config: str, **changes) -> nn.Module:
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg.merge_from_dict({'model.backbone.init_cfg': None} | changes)
+    cfg.model.backbone.update(SLIM, norm_cfg=dict(type='BN'))
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
+        model = registry.build(cfg.model)
+    for module in model.modules():  # as training leaves them: of its own
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def check(model: Exported, file: Path, operator: str = 'standard') -> None:
+    image = torch.randn(2, 3, 70, 83)
+    export.export_onnx(model, image, file, dynamic=True, operator=operator)
+    run = export.load(file, 'onnx', threads=1)
+    assert export.compare(model, run, [tuple(image.shape), *OTHERS]) <= 1e-5
+
+
+@needs_onnx
+@pytest.mark.parametrize('operator', ['standard', 'custom'])
+def test_backbone_of_any_size(operator, tmp_path):
+    import onnx
+
+    if operator == 'custom' and BACKENDS['native'].kernels._library() is None:
+        pytest.skip('the C++ kernels were not built')
+    model = Exported(
+        slim('imagenet/rednet26_64xb32-warmup-coslr_in1k.py'), backbone=True
+    )
+    check(model, tmp_path / 'model.onnx', operator)
+    nodes = onnx.load(tmp_path / 'model.onnx').graph.node
+    domains = {node.domain for node in nodes}
+    assert ('mmcls_involution' in domains) == (operator == 'custom')
+
+
+@needs_onnx
+@pytest.mark.parametrize('generator', ['linear', 'attention'])
+def test_other_generators(generator, tmp_path):
+    """Attention exports for the size of its example."""
+    layer = nn.Sequential(Involution2d(16, 3, stride=2, generator=generator))
+    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    image = torch.randn(2, 16, 19, 23)
+    export.export_onnx(model, image, tmp_path / 'model.onnx')
+    run = export.load(tmp_path / 'model.onnx', 'onnx', threads=1)
+    export.compare(model, run, [tuple(image.shape)])
+
+
+class _Tuple(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return (self.layer(x),)
+
+
+@needs_onnx
+def test_semantic_fpn(tmp_path):
+    changes = {
+        'model.neck.in_channels': [64, 128, 256, 512],
+        'model.neck.out_channels': 16,
+        'model.decode_head.in_channels': [16] * 4,
+        'model.decode_head.channels': 16,
+        'model.decode_head.norm_cfg.type': 'BN',
+    }
+    name = 'cityscapes/fpn-inv_rednet50_4xb2-80k_cityscapes-512x1024.py'
+    check(Exported(slim(name, **changes)), tmp_path / 'model.onnx')
+
+
+@needs_onnx
+def test_upernet(tmp_path):
+    changes = {
+        'model.decode_head.in_channels': [64, 128, 256, 512],
+        'model.decode_head.channels': 16,
+        'model.decode_head.norm_cfg.type': 'BN',
+        'model.auxiliary_head': None,
+    }
+    name = 'cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024.py'
+    check(Exported(slim(name, **changes)), tmp_path / 'model.onnx')
+
+
+@needs_onnx
+@pytest.mark.parametrize('name', ['retinanet', 'faster-rcnn'])
+def test_detectors_and_their_boxes(name, tmp_path):
+    changes = {'model.neck.in_channels': [64, 128, 256, 512]}
+    detector = slim(f'coco/{name}_rednet50_fpn_1x_coco.py', **changes)
+    detector.eval()
+    model = Exported(detector)
+    check(model, tmp_path / 'model.onnx')
+    image = torch.randn(1, 3, 96, 128)
+    outputs = export.load(tmp_path / 'model.onnx', 'onnx', threads=1)(image)
+    (found,) = detections(detector, outputs, (96, 128))
+    from mmdet.structures import DetDataSample
+
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape'), (96, 128))
+    sample = DetDataSample(metainfo=dict(meta, scale_factor=(1.0, 1.0)))
+    with torch.no_grad():
+        (expected,) = detector.predict(image, [sample])
+    expected = expected.pred_instances
+    assert len(found.scores) == len(expected.scores)
+    torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('decompose', [True, False])
+def test_pt2(decompose, tmp_path):
+    layer = nn.Sequential(Involution2d(16, stride=2))
+    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    file = tmp_path / 'model.pt2'
+    image = torch.randn(2, 16, 19, 23)
+    export.export_pt2(model, image, file, dynamic=not decompose, decompose=decompose)
+    shapes = [tuple(image.shape)] + ([] if decompose else [(3, 16, 31, 44)])
+    export.compare(model, export.load(file, 'pt2'), shapes)
+    targets = {str(node.target) for node in torch.export.load(file).graph.nodes}
+    assert any('mmcls_involution' in name for name in targets) != decompose
+
+
+@needs_onnx
+def test_command_writes_classes_and_preprocessing(tmp_path):
+    import onnxruntime
+
+    config = tmp_path / 'slim.py'
+    base = ROOT / 'configs/imagenet/rednet26_64xb32-warmup-coslr_in1k.py'
+    config.write_text(
+        f'_base_ = {str(base)!r}\n'
+        f'model = dict(backbone=dict({", ".join(f"{k}={v}" for k, v in SLIM.items())}),'
+        ' head=dict(in_channels=512, num_classes=1000))\n'
+    )
+    out = tmp_path / 'model.onnx'
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    arguments = [str(config), '--out', str(out), '--shape', '65', '71']
+    export.main(parser.parse_args(arguments))
+    session = onnxruntime.InferenceSession(str(out))
+    about = session.get_modelmeta().custom_metadata_map
+    about = {key: json.loads(value) for key, value in about.items()}
+    assert about['size'] == [65, 71] and about['channel_order'] == 'RGB'
+    assert about['mean'] == pytest.approx([123.675, 116.28, 103.53])
+    assert len(about['classes']) == 1000 and session.get_inputs()[0].name == 'image'
+    assert not (tmp_path / '.model.onnx').exists()
+
+
+def test_a_file_that_differs_is_refused():
+    layer = _Tuple(Involution2d(16))
+    model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
+    with pytest.raises(UserError, match='feature0 for an image .* by .*1e-05 is'):
+        export.compare(
+            model, lambda image: [model(image)[0] * (1 + 2e-5)], [(1, 16, 9, 9)]
+        )
+    with pytest.raises(UserError, match='gives feature0'):
+        export.compare(model, lambda image: [model(image)[0][..., 1:]], [(1, 16, 9, 9)])
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(UserError, match='onnx, onnxruntime, which is not installed'):
+        export.need('onnx', 'onnxruntime')

@@ -1,0 +1,55 @@
+"""Involution in standard operators, as exporters see it, against the reference."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from mmcls_involution.ops import fused_involution2d, involution2d, standard
+from mmcls_involution.ops.registration import grad_of_weight
+
+
+@pytest.mark.parametrize('turn', range(12))
+def test_standard_operators_agree_with_the_reference(turn):
+    kernel = random.choice([1, 3, 5, 7])
+    stride, dilation = (random.choices([1, 2, 3], k=2) for _ in range(2))
+    padding = [random.choice([0, kernel // 2 * d]) for d in dilation]
+    size = random.randint(20, 30), random.randint(20, 45)
+    batch, groups, reduced = (random.randint(1, 3) for _ in range(3))
+    channels = groups * random.choice([1, 4, 16])
+    arguments = stride, padding, dilation
+    height, width = (
+        (s + 2 * p - d * (kernel - 1) - 1) // step + 1
+        for s, step, p, d in zip(size, *arguments, strict=True)
+    )
+
+    def draw(*shape):
+        return torch.randn(shape, dtype=torch.float64)
+
+    image, grad = draw(batch, channels, *size), draw(batch, channels, height, width)
+    weight = draw(batch, groups, kernel, kernel, height, width)
+    expected = involution2d(image, weight, *arguments, backend='reference')
+    torch.testing.assert_close(
+        standard.involution2d(image, weight, *arguments), expected
+    )
+
+    torch.testing.assert_close(
+        standard.grad_of_weight(grad, image, weight.shape, *arguments),
+        grad_of_weight(grad, image, weight.shape, *arguments, 'reference'),
+    )
+
+    small = draw(batch, reduced, height, width)
+    span = draw(groups * kernel**2, reduced, 1, 1)
+    bias = random.choice([None, draw(len(span))])
+    names = ('stride', 'padding', 'dilation')
+    options = dict(zip(names, arguments, strict=True))
+    torch.testing.assert_close(
+        standard.fused_involution2d(
+            image, small, span, bias, (kernel, kernel), *arguments
+        ),
+        fused_involution2d(
+            image, small, span, bias, kernel_size=kernel, backend='reference', **options
+        ),
+    )
