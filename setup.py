@@ -98,6 +98,9 @@ EXTRAS = {
     # torch for CUDA pins one of its own.
     'dev': [
         'hypothesis',
+        # onnxruntime has no wheels for Python 3.10 any more
+        'onnx; python_version >= "3.11"',
+        'onnxruntime; python_version >= "3.11"',
         'pytest',
         'pytest-xdist',
         'ruff',
