@@ -144,7 +144,10 @@ def check_quickly(
     yield from _check_classes(path, ann_file, content, classes)
     # One may be missing; where several are, the folder is another one.
     names = [str(image.get('file_name')) for image in content.images[:8]]
-    if not any((folder / name).expanduser().exists() for name in names):
+    # os.path's takes names that no file can have
+    if names and not any(
+        os.path.exists((folder / name).expanduser()) for name in names
+    ):
         name = names[0]
         detail = f'{ann_file} names the photo {name}, which is not in the folder '
         detail += '; '.join(filter(None, [str(folder), backslash(name)]))
@@ -389,7 +392,7 @@ class Entries:
                 detail = 'it has no annotations'
             yield Finding('nothing to train on', ann_file, detail)
             return
-        named = set(self.names.values())
+        named = [*self.names.values()]  # perhaps of lists
         empty = [c for c in self.classes if c in named and not self.usable[c]]
         if empty:
             detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
@@ -426,7 +429,7 @@ def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] 
             return 'broken', 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
         try:
             finite = math.isfinite(sum(polygon))
-        except TypeError:
+        except (TypeError, OverflowError):
             finite = False
         if not finite:
             return 'broken', 'a polygon has something else than numbers'

@@ -47,7 +47,10 @@ def test_many_findings_in_processes(coco, tmp_path):
     done = subprocess.run(command, env=environment, text=True, capture_output=True)
     assert done.returncode == 1, done.stderr
     assert 'missing image: 12 (get it again' in done.stdout
-    assert len(re.findall(r'^    \S+many_\d+\.png$', done.stdout, re.M)) == 10
+    assert (
+        len(re.findall(r'^    \S+many_\d+\.png: does not exist$', done.stdout, re.M))
+        == 10
+    )
     assert '    ... and 2 more' in done.stdout
     assert f'Findings: 12, listed in {out}' in done.stdout
     rows = [line.split('\t') for line in out.read_text().splitlines()]

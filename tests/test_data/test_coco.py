@@ -256,9 +256,7 @@ def test_backslash_in_a_file_name(coco, run):
     edit(coco, image(file_name='photos\\1.png'))
     (found,) = run('detector', coco)
     assert found[0] == 'missing image' and 'write / in its place' in found[2]
-    edit(coco, lambda content: content['images'].reverse())
-    edit(coco, lambda content: content['images'].pop(0))
-    edit(coco, lambda content: content['images'].pop(0))
+    edit(coco, lambda content: content.update(images=content['images'][1:2]))
     found = run('detector', coco)
     assert found[0][0] == 'image folder' and 'write / in its place' in found[0][2]
 

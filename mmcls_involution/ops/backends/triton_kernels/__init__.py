@@ -31,7 +31,7 @@ LOWEST_CAPABILITY = (8, 0)
 MOST_PIXELS = 2**31 - 2**16
 # So are the values from the first to the last pixel that a lane reads. More rows than
 # a lane has in any of the kernels' blocks.
-MOST_REACH, MOST_ROWS = 2**31 - 1, 8
+MOST_REACH, MOST_ROWS = 2**31 - 1, 4
 
 
 class _NotNow(Exception):
