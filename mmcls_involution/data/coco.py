@@ -286,6 +286,8 @@ class Entries:
         try:
             name, number = image['file_name'], image['id']
             self.sizes[number] = str(name), None
+            if not isinstance(name, str):
+                raise ValueError(f'file_name is {name!r}: expected text')
             size = image['width'], image['height']
             if not all(isinstance(length, int | float) for length in size):
                 raise ValueError(f'width and height are {size}: expected two numbers')
@@ -311,7 +313,7 @@ class Entries:
         try:
             x, y, w, h = box
             finite = math.isfinite(x + y + w + h + area)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             finite = False
         if not finite:
             raise ValueError(f'bbox {box}, area {area}: expected 4 numbers and 1')

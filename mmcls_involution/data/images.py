@@ -86,7 +86,7 @@ def check_image(
                 file.load()
     except FileNotFoundError:
         return [Finding('missing image', path, 'does not exist')], None
-    except (OSError, ValueError, cv2.error, Image.DecompressionBombError):
+    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
         return [Finding('undecodable image', path, 'cannot be decoded')], None
     size = width, height
     if expected in (None, size):
@@ -116,7 +116,7 @@ def image_size(path: str) -> tuple[int, int] | None:
         with Image.open(path) as file:
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
             return file.size[::-1] if turned else file.size
-    except (OSError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises of damaged files what comes, SyntaxError too
         return None
 
 

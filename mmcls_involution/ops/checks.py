@@ -14,6 +14,7 @@ from torch import Tensor
 from .geometry import output_size
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MOST = 2**31 - 1  # pixels: kernels count in 64-bit numbers, and multiply
 
 
 def switch(variable: str) -> bool | None:
@@ -40,6 +41,8 @@ def pair(name: str, value: int | Sequence[int], lowest: int) -> tuple[int, int]:
             raise TypeError(f'{name} must be an int or a pair of ints, got {value!r}')
         if v < lowest:
             raise ValueError(f'{name} must be at least {lowest}, got {value!r}')
+        if isinstance(v, int) and v > MOST:
+            raise ValueError(f'{name} must be at most {MOST}, got {value!r}')
     return pair
 
 

@@ -34,6 +34,8 @@ def image(**changes) -> Callable[[dict], None]:
         (image(width='64'), ('malformed entry', 'image 1.png', "('64', 64): expected")),
         (lambda c: c['images'][1].pop('height'), ('malformed entry', '1.png', 'heigh')),
         (annotation(id=1), ('duplicate id', 'annotation id 1', '2 times')),
+        (annotation(id=1.0), ('duplicate id', 'annotation id 1', '2 times')),
+        (image(file_name=None), ('malformed entry', 'image None', 'expected text')),
         (annotation(image_id=9), ('unknown image', 'annotation 2', 'image_id 9')),
         (annotation(category_id=7), ('no such category', 'category_id 7', '1 annot')),
         (annotation(bbox=[4, 4, 0, 9]), ('box without area', '2 of 0.png', '0, 9]')),

@@ -284,6 +284,18 @@ GOOD = torch.zeros(2, 4, 5, 6), torch.zeros(2, 2, 3, 3, 5, 6)
         (GOOD[0], GOOD[1], {'padding': 0, 'dilation': 3}, 'does not fit.*5x6'),
         (GOOD[0], GOOD[1], {'stride': 0}, 'stride must be at least 1, got 0'),
         (GOOD[0], GOOD[1], {'padding': -1}, 'padding must be at least 0, got -1'),
+        (
+            GOOD[0],
+            GOOD[1],
+            {'stride': 2**63},
+            'stride must be at most 2147483647, got 9',
+        ),
+        (
+            GOOD[0],
+            GOOD[1],
+            {'padding': (0, 2**31)},
+            'padding must be at most 2147483647',
+        ),
         (GOOD[0], GOOD[1], {'dilation': (1, 1, 1)}, 'dilation must be an int or a'),
         (GOOD[0], GOOD[1], {'backend': 'cupy'}, "one of .*tap_sum.*, got 'cupy'"),
     ],
