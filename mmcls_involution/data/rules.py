@@ -267,11 +267,12 @@ def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:
     try:
         if len(set(items)) == len(items):
             return
-        counts = Counter(items)  # 1, 1.0 and True are one id, to pycocotools too
+        # 1, 1.0 and True are one id, to pycocotools too
+        counts = {repr(item): count for item, count in Counter(items).items()}
     except TypeError:  # no ids at all, but lists, say
         counts = Counter(map(repr, items))
     for item, count in counts.items():
-        place, detail = f'{what} {item!r}', f'{count} times'
+        place, detail = f'{what} {item}', f'{count} times'
         if count > 1 and what.endswith(' id'):
             yield Finding('duplicate id', place, detail)
         elif count > 1:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmcls_involution.apis.inferencer import build_inferencer
+from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.wrappers import Exported
@@ -306,12 +306,9 @@ def main(args: argparse.Namespace) -> None:
     inferencer = build_inferencer(args.config, args.checkpoint, 'cpu')
     toolbox_model = inferencer.model
     shape = args.shape or SHAPES[inferencer.cfg.default_scope]
-    classes = getattr(inferencer, 'classes', None) or (
-        getattr(toolbox_model, 'dataset_meta', None) or {}
-    ).get('classes')
     model = Exported(toolbox_model, args.backbone)
     image = torch.randn(2 if args.dynamic else 1, 3, *shape)
-    about = metadata(toolbox_model, classes, shape)
+    about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')
     try:
         if args.format == 'onnx':
