@@ -65,17 +65,29 @@ def upstream_metafiles_are_parsed_once():
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
-    """Run a command in this process; the message it ended with, '' for success."""
+def forget_runs() -> Callable[[], None]:
+    """Drop the loggers and visualizers that MMEngine keeps for the whole process."""
 
-    def run(name: str, *arguments: object) -> str:
+    def forget() -> None:
         from mmengine.utils import ManagerMixin
 
         classes = [ManagerMixin]
-        while classes:  # MMEngine keeps loggers and visualizers for the whole process
+        while classes:
             cls = classes.pop()
             cls._instance_dict.clear()
             classes += cls.__subclasses__()
+
+    return forget
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, forget_runs: Callable[[], None]
+) -> Callable[..., str]:
+    """Run a command in this process; the message it ended with, '' for success."""
+
+    def run(name: str, *arguments: object) -> str:
+        forget_runs()
         monkeypatch.setattr(sys, 'argv', [name, *map(str, arguments)])
         try:
             commands.run(name)

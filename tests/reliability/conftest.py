@@ -14,21 +14,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
-def forget_runs() -> Callable[[], None]:
-    """Drop the loggers and message hubs that MMEngine keeps for the whole process."""
-    from mmengine.utils import ManagerMixin
-
-    def forget() -> None:
-        classes = [ManagerMixin]
-        while classes:
-            cls = classes.pop()
-            cls._instance_dict.clear()
-            classes += cls.__subclasses__()
-
-    return forget
-
-
-@pytest.fixture
 def build(forget_runs) -> Callable[[Config], Any]:
     """The runner of a config, as ``train.py`` has it but for its checks."""
     from mmcls_involution import compat

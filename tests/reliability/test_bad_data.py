@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,6 @@ pytest.importorskip('mmengine')
 
 import bad_data  # noqa: E402
 
-from mmcls_involution import __main__ as commands  # noqa: E402
 from mmcls_involution.data import segmentation  # noqa: E402
 from mmcls_involution.engine import samples  # noqa: E402
 
@@ -26,7 +24,7 @@ Run = Callable[..., str]
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, forget_runs) -> Run:
+def run(command, tmp_path) -> Run:
     """Run a command on ``tmp_path / 'data'``; give its message, '' for success."""
 
     def call(name: str, config: str, *flags: object) -> str:
@@ -34,13 +32,7 @@ def run(monkeypatch, tmp_path, forget_runs) -> Run:
         file = tmp_path / f'{config}.py'
         text = bad_data.CONFIGS[config].replace('{root}', str(tmp_path / 'data'))
         file.write_text(text)
-        forget_runs()
-        monkeypatch.setattr(sys, 'argv', [name, *map(str, [file, *flags])])
-        try:
-            commands.run(name)
-        except SystemExit as end:
-            return str(end.code or '')
-        return ''
+        return command(name, file, *flags)
 
     return call
 
