@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mmengine.runner import Runner
-from mmengine.utils import ManagerMixin
 
-from mmcls_involution import __main__ as commands
 from mmcls_involution.apis import WatchHook, watch
 from mmcls_involution.ops import record_kernels
 
@@ -30,27 +27,16 @@ TENSORBOARD = find_spec('tensorboard') is not None
 
 
 @pytest.fixture
-def train(monkeypatch, request):
+def train(command, monkeypatch, request):
     """Train a tiny model; give the message that the command ended with."""
 
     def run(kind: str, work_dir: Path, *options: str) -> str:
         monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(DATA[kind])))
         arguments = [str(TINY / f'{kind}.py'), '--work-dir', str(work_dir)]
         arguments += ['--cfg-options', TWICE[kind], *options]
-        monkeypatch.setattr(sys, 'argv', ['train', *arguments])
-        for cls in (ManagerMixin, *_subclasses(ManagerMixin)):
-            cls._instance_dict.clear()
-        try:
-            commands.run('train')
-        except SystemExit as end:
-            return str(end.code or '')
-        return ''
+        return command('train', *arguments)
 
     return run
-
-
-def _subclasses(cls: type) -> list[type]:
-    return [c for sub in cls.__subclasses__() for c in (sub, *_subclasses(sub))]
 
 
 def watching(*options: str) -> list[str]:
