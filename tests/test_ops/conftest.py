@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from op_cases import TRITON_KERNELS
 
 from mmcls_involution.ops import BACKENDS
 from mmcls_involution.ops.backends.contract import Problem
@@ -24,10 +25,12 @@ def one_candidate(monkeypatch):
     if not torch.cuda.is_available():
         return
     from mmcls_involution.ops.backends.triton_kernels import kernels
+    from mmcls_involution.ops.backends.triton_kernels.tuner import candidates
 
     def first(*arguments, **constants):
-        return kernels._candidates(*arguments, **constants)[:1]
+        return candidates(*arguments, **constants)[:1]
 
-    for tuner in (kernels.forward, kernels.grad_input, kernels.grad_weight):
+    for name in TRITON_KERNELS:
+        tuner = getattr(kernels, name)
         monkeypatch.setattr(tuner, 'early_config_prune', first)
         monkeypatch.setattr(tuner, 'cache_results', False)

@@ -23,6 +23,7 @@ CASES = {
 case = pytest.mark.parametrize(
     'shape, groups, kernel, stride, padding, dilation', CASES.values(), ids=CASES
 )
+TRITON_KERNELS = ('forward', 'grad_input', 'grad_weight', 'grad_weight_banded')
 # An empty batch has no element to perturb.
 NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
 

@@ -13,6 +13,9 @@ disassembly, for groups of up to 16 channels:
 - x floor: the time in which the GPU can issue all instructions, over the time in which
   its memory can move input, kernels and output once. Below 1 the memory binds, if
   enough warps hide the waits.
+- x lsu: the same for the units of loads, stores, shared memory and shuffles, which take
+  4 bytes from each thread of a warp in a cycle. What accesses of many lines or one bank
+  cost besides is not counted.
 """
 
 from __future__ import annotations
@@ -31,7 +34,10 @@ import torch
 from benchmark_utils import write_csv
 
 from mmcls_involution.console import console, print_table, progress
-from mmcls_involution.ops.backends.triton_kernels import block_channels
+from mmcls_involution.ops.backends.triton_kernels import (
+    block_channels,
+    choose_grad_weight,
+)
 
 NAMES = ('forward', 'grad_input', 'grad_weight')
 TORCH_DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -97,8 +103,20 @@ def disassemble(cubin: bytes) -> list[tuple[str, int]]:
     ]
 
 
-def count(cubin: bytes, trips: int) -> tuple[int, int]:
-    """Instructions that a warp issues, and its waits in a row; loops make `trips`."""
+def lsu_cycles(instruction: str) -> int:
+    """For which it occupies the units of a multiprocessor that load and store."""
+    found = re.search(r'\b(LD[GLS]|ST[GLS]|SHFL|LDSM|STSM)\b([.\w]*)', instruction)
+    if found is None:
+        return 0
+    width = re.search(r'\.(64|128)\b|\.M\w*88\.([24])', found[2])
+    return 1 if width is None else int(width[2] or int(width[1]) // 32)
+
+
+def count(cubin: bytes, trips: int) -> tuple[int, int, int]:
+    """Instructions that a warp issues, waits in a row, cycles of the units that load.
+
+    Loops make so many `trips`.
+    """
     code = disassemble(cubin)
     last = max(i for i, (text, _) in enumerate(code) if 'EXIT' in text)
     labels = {text: i for i, (text, word) in enumerate(code) if word is None}
@@ -120,13 +138,17 @@ def count(cubin: bytes, trips: int) -> tuple[int, int]:
                 waits += weight
         if re.search(r'\bLDG\b', text) and barrier < 6:
             loads[barrier] = last_wait
-    return sum(times), waits
+    lsu = sum(
+        lsu_cycles(text) * weight
+        for (text, _), weight in zip(code, times, strict=False)
+    )
+    return sum(times), waits, lsu
 
 
 def times_floor(
-    name: str, instructions: int, constants: dict, dtype: str, warps: int, gpu: int
+    name: str, cycles: float, constants: dict, dtype: str, gpu: int
 ) -> float:
-    """Time to issue over time to move the bytes, of a program."""
+    """Time of so many cycles of a multiprocessor over that to move the bytes."""
     processors, clock, bandwidth = GPUS[gpu]
     channels, taps = constants['GROUP_CHANNELS'], constants['KH'] * constants['KW']
     steps = constants['SH'] * constants['SW']
@@ -135,9 +157,7 @@ def times_floor(
         values /= steps
     pixels = constants['ROWS'] * constants['BLOCK_P']
     size = 4 if dtype == 'fp32' else 2
-    # Four schedulers of a multiprocessor issue one instruction each in a cycle.
-    issue = instructions * warps / (4 * processors * clock)
-    return issue / (pixels * values * size / bandwidth)
+    return cycles / (processors * clock) / (pixels * values * size / bandwidth)
 
 
 def compile_kernel(
@@ -184,19 +204,25 @@ def compile_kernel(
         'shared bytes': compiled.metadata.shared,
     }
     name, group_channels = function.__name__, constants['GROUP_CHANNELS']
-    counted = {'instructions': '', 'waits': '', 'x floor': ''}
+    counted = dict.fromkeys(('instructions', 'waits', 'x floor', 'x lsu'), '')
     if group_channels <= constants['BLOCK_C']:  # others have loops in loops
         trips = constants['KW']
         if name == 'grad_input':
             trips = -(-trips // constants['SW'])
-        instructions, waits = count(compiled.asm['cubin'], trips)
-        ratio = times_floor(
-            *(name, instructions, constants, dtype, config.num_warps, architecture)
+        instructions, waits, lsu = count(compiled.asm['cubin'], trips)
+        # Four schedulers of a multiprocessor issue one instruction each in a cycle.
+        issue, lsu = (
+            times_floor(name, cycles, constants, dtype, architecture)
+            for cycles in (
+                config.num_warps * instructions / 4,
+                config.num_warps * lsu,
+            )
         )
         counted = {
             'instructions': instructions,
             'waits': waits,
-            'x floor': round(ratio, 2),
+            'x floor': round(issue, 2),
+            'x lsu': round(lsu, 2),
         }
     return {**figures, **counted}
 
@@ -211,17 +237,6 @@ def main() -> None:
     except ImportError as error:
         raise SystemExit(f'needs Triton ({error}): pip install triton') from None
 
-    def configs(name: str, dtype: str, channels_last: bool) -> list:
-        tuner = getattr(kernels, name)
-        tensor = torch.empty(0, dtype=TORCH_DTYPES[dtype])
-        candidates = kernels._candidates(
-            tuner.configs,
-            dict.fromkeys(tuner.arg_names, tensor),
-            CHANNELS_LAST=channels_last,
-            DH=1,
-        )
-        return candidates[: 1 if args.quick else None]
-
     dtypes, involutions = DTYPES, INVOLUTIONS
     if args.quick:
         dtypes, involutions = ('fp32', 'bf16'), ((7, 1),)
@@ -230,7 +245,7 @@ def main() -> None:
         for problem in itertools.product(
             args.architecture, NAMES, dtypes, (False, True), involutions
         )
-        for config in configs(*problem[1:4])
+        for config in kernels.CONFIGS[: 1 if args.quick else None]
     ]
     rows = []
     for architecture, name, dtype, channels_last, (size, stride), config in progress(
@@ -244,6 +259,11 @@ def main() -> None:
             BLOCK_C=block_channels(args.group_channels),
             CHANNELS_LAST=channels_last,
         )
+        if name == 'grad_weight':
+            name = choose_grad_weight(
+                *(TORCH_DTYPES[dtype], args.group_channels, size),
+                *((stride, stride), (1, 1)),
+            )
         rows.append(
             {
                 'architecture': f'sm_{architecture}',

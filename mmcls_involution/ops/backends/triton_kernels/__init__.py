@@ -97,9 +97,9 @@ def _try_out(device: torch.device) -> str | None:
     arguments = (1, 1), (1, 1), (1, 1)
     expected = tap_sum.forward(input, weight, *arguments)  # small integers: exact
     try:
-        from . import kernels
+        from .tuner import pin_this_thread
 
-        kernels.pin_this_thread()
+        pin_this_thread()
         ours = forward(input.to(device), weight.to(device), *arguments).cpu()
     except torch.OutOfMemoryError as error:
         raise _NotNow(f'no memory to try out {device}: {error}') from error
@@ -150,6 +150,20 @@ def block_channels(group_channels: int) -> int:
     return min(16, 1 << (group_channels - 1).bit_length())
 
 
+def choose_grad_weight(
+    dtype: torch.dtype, group_channels: int, kw: int, stride: Pair, dilation: Pair
+) -> str:
+    """Which of the kernels computes the gradient of involution kernels.
+
+    Tensor cores are exact in half precision alone, and multiply 16 channels. Of windows
+    wider than 16 pixels, or fewer than 5 taps in 8, too little of the product is used.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    dense = math.prod(stride) == math.prod(dilation) == 1
+    fits = 8 < group_channels <= 16 and 4 < kw <= 8
+    return 'grad_weight_banded' if half and dense and fits else 'grad_weight'
+
+
 def _run(
     name: str,
     tensors: Sequence[Tensor],
@@ -180,8 +194,10 @@ def _run(
         BLOCK_C=block,
     )
     # What lanes number, and the parts of the work that each lane is in.
-    lanes, parts = out_size, groups
-    if name != 'grad_weight':
+    lanes, parts = [*out_size], groups
+    if name == 'grad_weight_banded':  # in runs of 8
+        lanes[1] += -lanes[1] % 8
+    elif name != 'grad_weight':
         parts *= -(-group_channels // block)
     if name == 'grad_input':
         lanes = [-(-side // step) for side, step in zip(size, stride, strict=True)]
@@ -266,5 +282,10 @@ def grad_weight(
     grad, input = (t.contiguous(memory_format=layout) for t in (grad, input))
     out = grad.new_empty(weight_shape)
     tensors, arguments = (grad, input, out), (stride, padding, dilation)
-    _run('grad_weight', tensors, layout, input.shape, weight_shape, *arguments)
+    name = choose_grad_weight(
+        input.dtype,
+        input.shape[1] // weight_shape[1],
+        *(weight_shape[3], stride, dilation),
+    )
+    _run(name, tensors, layout, input.shape, weight_shape, *arguments)
     return out

@@ -31,14 +31,10 @@ nothing.
 
 from __future__ import annotations
 
-import logging
-import threading
-
-import torch
 import triton
 import triton.language as tl
 
-logger = logging.getLogger(__name__)
+from .tuner import tuned
 
 # A thread of a warp holds a lane and all 16 channels. More rows share more tiles; fewer
 # leave more programs for small images. Each takes the compiler a while.
@@ -47,111 +43,6 @@ CONFIGS = [
     triton.Config(dict(ROWS=rows, BLOCK_P=lanes), num_warps=warps, num_stages=1)
     for rows, lanes, warps in BLOCKS
 ]
-_announced = False
-# Triton's tuner keeps the arguments of a call on itself. One for all tuners, since two
-# that time at once would time each other.
-_tuning = threading.RLock()
-_thread = threading.local()
-
-
-def pin_this_thread() -> None:
-    """From now on its kernels have the first blocks, and are not timed."""
-    _thread.pinned = True
-
-
-def _candidates(configs, tensors, **constants):
-    """What the tuner times, the one first that serves where nothing is timed."""
-    if constants['DH'] > 1:  # dilated rows share no tiles
-        return [config for config in configs if config.kwargs['ROWS'] == 1]
-    return configs
-
-
-class _Untimed(Exception):
-    """Nothing can be timed now."""
-
-
-def _cold_cache() -> torch.Tensor:
-    """What Triton overwrites before each round, so that it finds the L2 cold."""
-    size = 2 * torch.cuda.get_device_properties('cuda').L2_cache_size
-    free, _ = torch.cuda.mem_get_info()
-    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    if size > free:
-        raise _Untimed
-    return torch.empty(size, dtype=torch.int8, device='cuda')
-
-
-def _time(call, quantiles):
-    """Triton's own timing, with a buffer of another size."""
-    global _announced
-    if torch.cuda.is_current_stream_capturing():
-        raise _Untimed
-    if not _announced:
-        _announced = True
-        logger.warning(
-            'Triton compiles and times the kernels of involution. That takes up to '
-            'some minutes when a model runs for the first time; the result is kept.'
-        )
-    driver = triton.runtime.driver.active
-    driver.get_empty_cache_for_benchmark = _cold_cache
-    try:
-        return triton.testing.do_bench(call, warmup=5, rep=30, quantiles=quantiles)
-    except torch.OutOfMemoryError as error:
-        raise _Untimed from error
-    finally:
-        del driver.get_empty_cache_for_benchmark
-
-
-class _Tuner(triton.runtime.Autotuner):
-    """For threads, and with the first candidate where nothing can or shall be timed.
-
-    Of what could not be timed, while a CUDA graph was captured or without memory, it
-    keeps nothing: the next call tries again. Choices from memory and disk hold there
-    too. The first kernels of a process can be loaded during a capture by drivers for
-    CUDA 12.3 and newer; others want one call before it, as torch's own kernels do.
-    """
-
-    def run(self, *args, **kwargs):
-        with _tuning:
-            # The bits of the kernels' gradient depend on the blocks.
-            pinned = torch.are_deterministic_algorithms_enabled()
-            pinned |= triton.knobs.runtime.interpret or hasattr(_thread, 'pinned')
-            if not pinned:
-                try:
-                    return super().run(*args, **kwargs)
-                except _Untimed:
-                    pass
-            self.nargs = dict(zip(self.arg_names, args, strict=False))
-            first = self.prune_configs(kwargs)[0]
-            return self.fn.run(*args, **kwargs, **first.all_kwargs())
-
-
-def tuned(configs):
-    """Makes kernels that are tuned for what `key` names, specialized for no size."""
-    sizes = [
-        *('batch', 'height', 'width', 'out_height', 'out_width'),
-        *('pad_height', 'pad_width', 'size_class'),
-    ]
-
-    known = [
-        *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
-        *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
-    ]
-
-    def decorate(function):
-        kernel = triton.jit(function, do_not_specialize=sizes)
-        return _Tuner(
-            kernel,
-            kernel.arg_names,
-            configs,
-            key=[name for name in known if name in kernel.arg_names],
-            reset_to_zero=None,
-            restore_value=None,
-            prune_configs_by=dict(early_config_prune=_candidates),
-            do_bench=_time,
-            cache_results=True,
-        )
-
-    return decorate
 
 
 @triton.jit
@@ -497,3 +388,86 @@ def grad_weight(
         for c in tl.static_range(0, BLOCK_C, PIECE):
             below += (lines[c // PIECE] + width * DH * step,)
         lines = below
+
+
+# Pixels of dY in a run, the taps of each, and the pixels of X that their windows meet.
+RUN, TAPS, WINDOW = tl.constexpr(8), tl.constexpr(8), tl.constexpr(16)
+
+
+@tuned(CONFIGS)
+def grad_weight_banded(
+    grad, input, output, batch, channels, height, width, out_height, out_width,
+    pad_height, pad_width, size_class,  # size_class is for the tuner alone
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
+    DH: tl.constexpr, DW: tl.constexpr,
+    GROUP_CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """What :func:`grad_weight` computes, by tensor cores: in half precision, S = D = 1.
+
+    The products of all pixels of a run of dY with all pixels of X that their windows
+    meet in one row are a small matrix. Of it the result is a band: tap v of pixel i is
+    in line i + v of column i. A gather along the lines moves it to line v; two runs go
+    through that together, as halves of 32 bits. Programs share the work as elsewhere,
+    but number runs where others number pixels.
+    """
+    tl.static_assert(SH * SW * DH * DW == 1 and KW <= TAPS)
+    RUNS: tl.constexpr = BLOCK_P // RUN
+    image, row, run, group = _lanes(
+        batch, out_height, tl.cdiv(out_width, RUN), RUNS, ROWS
+    )
+    image = tl.reshape(image, (RUNS, 1, 1))
+    row = tl.reshape(row, (RUNS, 1, 1))
+    first = tl.reshape(run, (RUNS, 1, 1)) * RUN
+    step = channels if CHANNELS_LAST else 1
+    area = height.to(tl.int64) * width
+    out_area = out_height.to(tl.int64) * out_width
+    groups = channels // GROUP_CHANNELS
+
+    # Tiles of X are [RUNS, WINDOW, BLOCK_C], of dY [RUNS, BLOCK_C, RUN].
+    channel = tl.arange(0, BLOCK_C)[None, None, :]
+    in_group = channel < GROUP_CHANNELS
+    channel = (group * GROUP_CHANNELS + channel) * (1 if CHANNELS_LAST else area)
+    y = row - pad_height
+    x = first + tl.arange(0, WINDOW)[None, :, None] - pad_width
+    columns = (image < batch) & (x >= 0) & (x < width)
+    pixels = image * channels * area + (y.to(tl.int64) * width + x) * step
+    pixels = input + (pixels + channel)
+
+    channel = tl.arange(0, BLOCK_C)[None, :, None]
+    out_in_group = channel < GROUP_CHANNELS
+    channel = (group * GROUP_CHANNELS + channel) * (1 if CHANNELS_LAST else out_area)
+    column = first + tl.arange(0, RUN)[None, None, :]
+    real = (image < batch) & (column < out_width)
+    pixel = row.to(tl.int64) * out_width + column
+    grads = grad + (image * channels * out_area + pixel * step + channel)
+    held = ()
+    for r in tl.static_range(ROWS):
+        wanted = real & out_in_group & (row + r < out_height)
+        held += (tl.load(grads + r * out_width * step, wanted, 0),)
+
+    # Tiles of the result are [TAPS, RUNS, RUN], so that warps write along pixels.
+    tap = tl.arange(0, TAPS)[:, None, None]
+    pixel += (image * groups + group) * (KH * KW) * out_area
+    kernels = output + (tl.reshape(pixel, (1, RUNS, RUN)) + tap * out_area)
+    stored = tl.reshape(real, (1, RUNS, RUN)) & (tap < KW)
+    rows_left = out_height - tl.reshape(row, (1, RUNS, 1))
+    line = tl.arange(0, TAPS)[None, :, None] + tl.arange(0, RUN)[None, None, :]
+    line = tl.broadcast_to(line, (RUNS // 2, TAPS, RUN))
+    for t in tl.static_range(KH + ROWS - 1):
+        inside = columns & (y + t >= 0) & (y + t < height)
+        tile = tl.load(pixels + t * width * step, inside & in_group, 0)
+        for r in tl.static_range(ROWS):
+            if t >= r and t - r < KH:
+                # Not zero where X is: the gradient may be infinite.
+                band = tl.where(inside, tl.dot(tile, held[r]), 0)
+                band = band.to(output.dtype.element_ty)
+                bits = band.to(tl.uint16, bitcast=True).to(tl.uint32)
+                bits = tl.reshape(bits, (2, RUNS // 2, WINDOW, RUN))
+                low, high = tl.split(tl.permute(bits, (1, 2, 3, 0)))
+                bits = tl.gather(low | (high << 16), line, 1)
+                bits = tl.join(bits & 0xFFFF, bits >> 16).to(tl.uint16)
+                bits = tl.reshape(tl.permute(bits, (1, 3, 0, 2)), (TAPS, RUNS, RUN))
+                band = bits.to(output.dtype.element_ty, bitcast=True)
+                place = kernels + ((t - r) * KW * out_area + r * out_width)
+                tl.store(place, band, stored & (r < rows_left))
