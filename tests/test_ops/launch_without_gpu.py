@@ -2,7 +2,7 @@
 
     python launch_without_gpu.py CACHE MOST_CANDIDATES
 
-test_triton.py runs this in a process of its own. A stand-in for the driver takes the
+test_triton_setup.py runs this in a process of its own. A stand-in for the driver takes the
 compiled kernels and counts their launches. Prints what it found as JSON.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ['TRITON_CACHE_DIR'] = sys.argv[1]
@@ -21,7 +22,10 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from mmcls_involution.ops.backends import triton_kernels as ops  # noqa: E402
 from mmcls_involution.ops.backends.triton_kernels import kernels  # noqa: E402
 
-TUNERS = (kernels.forward, kernels.grad_input, kernels.grad_weight)
+TUNERS = (
+    *(kernels.forward, kernels.grad_input),
+    *(kernels.grad_weight, kernels.grad_weight_banded),
+)
 for tuner in TUNERS:
     tuner.configs = tuner.configs[: int(sys.argv[2])]
 launches, compiled, timed = [], [], []
@@ -52,7 +56,7 @@ class Launcher:
 
 
 class Driver:
-    utils, launcher_cls = Utils(), Launcher
+    utils, launcher_cls, architecture = Utils(), Launcher, 90
 
     def get_current_device(self):
         return 0
@@ -61,7 +65,7 @@ class Driver:
         return 0
 
     def get_current_target(self):
-        return GPUTarget('cuda', 90, 32)
+        return GPUTarget('cuda', self.architecture, 32)
 
     @staticmethod
     def is_active():
@@ -75,6 +79,9 @@ def run(height, width):
     ops.forward(x, weight, *arguments)
     ops.grad_input(x, weight, (height, width), *arguments)
     ops.grad_weight(x, x, weight.shape, *arguments)
+    half, padding = x.to(torch.bfloat16), (2, 2)
+    shape = (2, 2, 5, 5, height, width)
+    ops.grad_weight(half, half, shape, (1, 1), padding, (1, 1))
 
 
 def time(call, **arguments):
@@ -153,4 +160,34 @@ forget()
 ops._kind = lambda device: 1
 run(17, 16)
 found['timed on another GPU'] = len(timed)
+
+
+def try_out():
+    with ThreadPoolExecutor(1) as thread:  # which it pins to the first blocks
+        return thread.submit(ops._try_out, torch.device('cpu')).result()
+
+
+class WithoutCompiler(Launcher):
+    def __init__(self, source, metadata):
+        raise RuntimeError('Failed to find C compiler.')  # as Triton's own does
+
+
+def compile_again():
+    kernels.forward.fn.device_caches.clear()
+    triton.knobs.compilation.always_compile = True
+
+
+found['without results'] = try_out()
+compile_again()
+Driver.launcher_cls = WithoutCompiler
+found['without a compiler'] = try_out()
+Driver.launcher_cls = Launcher
+compile_again()
+Driver.architecture = 999  # of a GPU newer than the assembler
+found['without an assembler'] = try_out()
+Driver.architecture = 90
+compile_again()
+# Not a folder without rights, in which root may write all the same.
+triton.knobs.cache.dir = __file__
+found['without a folder'] = try_out()
 print(json.dumps(found))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import TRITON_KERNELS
 
 from mmcls_involution.ops import involution2d
 from mmcls_involution.ops.backends import default_backend
@@ -112,6 +113,24 @@ def test_try_out_compiles_and_compares(monkeypatch):
         try_out()
 
 
+@pytest.mark.parametrize('free, fits', [(99, False), (100, True)])
+def test_timing_takes_no_memory_that_is_not_free(monkeypatch, free, fits):
+    from mmcls_involution.ops.backends.triton_kernels import tuner
+
+    properties = type('Properties', (), dict(L2_cache_size=60))
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda _: properties)
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda: (free, 1000))
+    # 20 that torch has and does not use are free too.
+    monkeypatch.setattr(torch.cuda, 'memory_reserved', lambda: 50)
+    monkeypatch.setattr(torch.cuda, 'memory_allocated', lambda: 30)
+    monkeypatch.setattr(tuner.torch, 'empty', lambda size, **_: size)
+    if fits:
+        assert tuner._cold_cache() == 120
+    else:
+        with pytest.raises(tuner._Untimed):
+            tuner._cold_cache()
+
+
 def test_cpu_tensors_are_refused():
     x, weight = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 1, 1, 2, 2)
     with pytest.raises(ValueError, match="'triton' cannot run.*on NVIDIA GPUs alone"):
@@ -149,7 +168,7 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
     assert result.returncode == 0, result.stderr
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert {row['kernel'] for row in rows} == set(NAMES)
+    assert {row['kernel'] for row in rows} == set(TRITON_KERNELS)
     assert {row['dtype'] for row in rows} == {'fp32', 'bf16'}
     for row in rows:
         assert 0 < int(row['registers']) <= 255
@@ -165,8 +184,9 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
 def test_launches_as_a_gpu_would_see_them(most, tmp_path):
     """Grids; nothing compiled for new sizes, timed twice, or kept if it was not timed.
 
-    Threads that tune at once; choices that a capture finds on disk. With two candidates
-    for the tuner of each kernel, and with all.
+    Threads that tune at once; choices that a capture finds on disk; try-outs of a GPU
+    where something that Triton needs is missing. With two candidates for the tuner of
+    each kernel, and with all.
     """
     script = Path(__file__).with_name('launch_without_gpu.py')
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
@@ -180,7 +200,7 @@ def test_launches_as_a_gpu_would_see_them(most, tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     # 2 images, 5 blocks of 4 rows and 16 columns make 160 lanes; 2 groups.
-    first = [[name, 10, 1, 1] for name in NAMES]
+    first = [[name, 10, 1, 1] for name in TRITON_KERNELS]
     for untuned in ('captured', 'without memory', 'deterministic'):
         assert found[untuned] == first
     assert found['tuned'] == found['captured when tuned'] != first
@@ -189,7 +209,12 @@ def test_launches_as_a_gpu_would_see_them(most, tmp_path):
     assert found['kept of a capture'] == 0
     assert found['compiled for new sizes'] == 0
     assert found['timed'] == found['candidates']
-    assert found['kept'] == 3
+    assert found['kept'] == len(TRITON_KERNELS)
     assert found['timed again'] == 0
     assert found['timed on another GPU'] == found['candidates']
     assert 'up to some minutes' in result.stderr
+    assert found['without a compiler'].startswith('a small kernel fails on cpu: ')
+    assert 'Failed to find C compiler' in found['without a compiler']
+    assert 'fails on cpu: PTXASError' in found['without an assembler']
+    assert 'fails on cpu: NotADirectoryError' in found['without a folder']
+    assert found['without results'] == 'a small kernel gives a wrong result on cpu'
