@@ -2,8 +2,8 @@
 
     python launch_without_gpu.py CACHE MOST_CANDIDATES
 
-test_triton_setup.py runs this in a process of its own. A stand-in for the driver takes the
-compiled kernels and counts their launches. Prints what it found as JSON.
+test_triton_setup.py runs this in a process of its own. A stand-in for the driver takes
+the compiled kernels and counts their launches. Prints what it found as JSON.
 """
 
 import json

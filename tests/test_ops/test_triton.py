@@ -235,6 +235,30 @@ def test_kernel_gradient_by_tensor_cores(
     assert right.isnan().any() and not right.isnan().all()
 
 
+@pytest.mark.parametrize(
+    'change, chosen',
+    [
+        ({}, 'grad_weight_banded'),
+        (dict(dtype=torch.float32), 'grad_weight'),
+        (dict(group_channels=8), 'grad_weight'),
+        (dict(group_channels=17), 'grad_weight'),
+        (dict(kw=4), 'grad_weight'),
+        (dict(kw=9), 'grad_weight'),
+        (dict(stride=(2, 1)), 'grad_weight'),
+        (dict(dilation=(1, 2)), 'grad_weight'),
+        (dict(version='3.4.0'), 'grad_weight'),
+    ],
+    ids=str,
+)
+def test_tensor_cores_take_what_they_are_fast_at(monkeypatch, change, chosen):
+    import triton as compiler
+
+    problem = dict(dtype=torch.float16, group_channels=16, kw=7)
+    problem |= dict(stride=(1, 1), dilation=(1, 1), version='3.5.1') | change
+    monkeypatch.setattr(compiler, '__version__', problem.pop('version'))
+    assert triton.choose_grad_weight(**problem) == chosen
+
+
 def test_mixed_memory_formats():
     """Gradients of a format of their own, and one that is expanded."""
     forward, grad_input, grad_weight = problem(

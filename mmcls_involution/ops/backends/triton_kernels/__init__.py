@@ -26,6 +26,8 @@ from ..contract import Problem
 logger = logging.getLogger(__name__)
 
 LOWEST_TRITON = (3, 4)
+# Whose dot products take tiles of fewer than 16 columns.
+LOWEST_TRITON_BANDED = (3, 5)
 LOWEST_CAPABILITY = (8, 0)
 # Lanes are numbered by int32.
 MOST_PIXELS = 2**31 - 2**16
@@ -72,7 +74,7 @@ def _find_problem(index: int) -> str | None:
         version = importlib.import_module('triton').__version__
     except Exception as error:  # a broken install raises whatever it likes
         return f'triton does not import: {type(error).__name__}: {error}'
-    if tuple(map(int, version.split('.')[:2])) < LOWEST_TRITON:
+    if _is_older(version, LOWEST_TRITON):
         return 'triton {} is too old, needed is {}.{}'.format(version, *LOWEST_TRITON)
     capability = torch.cuda.get_device_capability(index)
     if capability < LOWEST_CAPABILITY:
@@ -87,6 +89,10 @@ def _find_problem(index: int) -> str | None:
     # autocast, inference) hold for the thread that asks.
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(_try_out, torch.device('cuda', index)).result()
+
+
+def _is_older(version: str, lowest: tuple[int, int]) -> bool:
+    return tuple(map(int, version.split('.')[:2])) < lowest
 
 
 def _try_out(device: torch.device) -> str | None:
@@ -158,6 +164,10 @@ def choose_grad_weight(
     Tensor cores are exact in half precision alone, and multiply 16 channels. Of windows
     wider than 16 pixels, or fewer than 5 taps in 8, too little of the product is used.
     """
+    import triton
+
+    if _is_older(triton.__version__, LOWEST_TRITON_BANDED):
+        return 'grad_weight'
     half = dtype in (torch.float16, torch.bfloat16)
     dense = math.prod(stride) == math.prod(dilation) == 1
     fits = 8 < group_channels <= 16 and 4 < kw <= 8

@@ -20,8 +20,12 @@ lanes; kernels as vectors [1, BLOCK_P], one for each tap and row.
   a program waits once for many. A branch around them, taken in all but narrow images,
   keeps the compiler from moving more loads up than the registers hold. Tiles of a row
   lie at constant distances in NCHW, which instructions hold.
+* Tensor cores compute the gradient of kernels in half precision where they can. There
+  the units of shared memory and shuffles bind: a result passes through them three
+  times until its band is in order.
 * Sums are kept in float32 (in float64 for float64), without atomics. They run over the
-  taps in one fixed order; over the channels in one that depends on the blocks alone.
+  taps in one fixed order; over the channels in one that depends on the blocks alone, or
+  in that of the tensor cores.
 
 Pixels are [N, C, H, W] in memory or, with CHANNELS_LAST, [N, H, W, C]. Kernels are
 [N, G, Kh*Kw, Ho*Wo], contiguous. S is the stride, D the dilation, p the padding. Sizes
