@@ -137,12 +137,20 @@ def test_cpu_tensors_are_refused():
         involution2d(x, weight, backend='triton')
 
 
-# In bfloat16 on sm_90: the time to issue over the memory's, waits in a row for loads.
-# Counted by Triton 3.9.0 (docs/benchmarks.md), and a tenth more for other versions.
+# In bfloat16 on sm_90: the time to issue or to load, whichever is longer, over the
+# memory's, and waits in a row for loads. Counted by Triton 3.9.0 (docs/benchmarks.md),
+# and a tenth more for other versions.
 MOST = {
-    'forward': (1.8, 45),
-    'grad_input': (1.8, 30),
-    'grad_weight': (2.0, 30),
+    'forward': (1.75, 44),
+    'grad_input': (1.8, 24),
+    'grad_weight_banded': (1.64, 14),
+}
+# Bytes of a thread that spill, the most that was seen and 32 more.
+SPILLED = {
+    'forward': 144 + 32,
+    'grad_input': 160 + 32,
+    'grad_weight': 168 + 32,
+    'grad_weight_banded': 136 + 32,
 }
 
 
@@ -172,11 +180,10 @@ def test_compiles_ahead(architecture, group_channels, tmp_path):
     assert {row['dtype'] for row in rows} == {'fp32', 'bf16'}
     for row in rows:
         assert 0 < int(row['registers']) <= 255
-        if int(group_channels) <= 16:  # larger groups want one row: the tuner's choice
-            assert int(row['spilled bytes']) <= 512, row
+        assert int(row['spilled bytes']) <= SPILLED[row['kernel']], row
         if (architecture, group_channels, row['dtype']) == ('90', '16', 'bf16'):
             floor, waits = MOST[row['kernel']]
-            assert float(row['x floor']) <= floor, row
+            assert max(float(row['x floor']), float(row['x lsu'])) <= floor, row
             assert int(row['waits']) <= waits, row
 
 
