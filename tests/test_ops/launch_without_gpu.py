@@ -79,8 +79,8 @@ def run(height, width):
     ops.forward(x, weight, *arguments)
     ops.grad_input(x, weight, (height, width), *arguments)
     ops.grad_weight(x, x, weight.shape, *arguments)
-    half, padding = x.to(torch.bfloat16), (2, 2)
-    shape = (2, 2, 5, 5, height, width)
+    half, padding = x.to(torch.bfloat16), (3, 3)
+    shape = (2, 2, 7, 7, height, width)
     ops.grad_weight(half, half, shape, (1, 1), padding, (1, 1))
 
 

@@ -162,7 +162,7 @@ def choose_grad_weight(
     """Which of the kernels computes the gradient of involution kernels.
 
     Tensor cores are exact in half precision alone, and multiply 16 channels. Of windows
-    wider than 16 pixels, or fewer than 5 taps in 8, too little of the product is used.
+    wider than 16 pixels, or of narrow kernels, too little of the product is used.
     """
     import triton
 
@@ -170,7 +170,7 @@ def choose_grad_weight(
         return 'grad_weight'
     half = dtype in (torch.float16, torch.bfloat16)
     dense = math.prod(stride) == math.prod(dilation) == 1
-    fits = 8 < group_channels <= 16 and 4 < kw <= 8
+    fits = 8 < group_channels <= 16 and 6 < kw <= 8
     return 'grad_weight_banded' if half and dense and fits else 'grad_weight'
 
 
