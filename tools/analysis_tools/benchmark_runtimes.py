@@ -6,6 +6,7 @@ Every network is a backbone in inference, float32, batch norm folded where it ca
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 import os
 import shutil
@@ -61,7 +62,13 @@ def _aot(model: Exported, image: Tensor, folder: Path, threads: int) -> Run:
 def _need_compiler() -> None:
     compiler = os.environ.get('CXX', 'g++')
     if shutil.which(compiler) is None:
-        raise UserError(f'TorchInductor needs a C++ compiler; there is no {compiler}.')
+        raise UserError(f'there is no C++ compiler {compiler}')
+
+
+def _need(*packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f'not installed: {", ".join(missing)}')
 
 
 def _onnxruntime(model: Exported, image: Tensor, folder: Path, threads: int) -> Run:
@@ -75,14 +82,14 @@ def _custom(model: Exported, image: Tensor, folder: Path, threads: int) -> Run:
 def _write_onnx(
     model: Exported, image: Tensor, folder: Path, threads: int, operator: str
 ) -> Run:
-    export.need('onnx', 'onnxruntime')
+    _need('onnx', 'onnxruntime')
     file = folder / f'{operator}.onnx'
     export.export_onnx(model, image, file, operator=operator)
     return export.load(file, 'onnx', threads)
 
 
 def _openvino(model: Exported, image: Tensor, folder: Path, threads: int) -> Run:
-    export.need('onnx', 'openvino')
+    _need('onnx', 'openvino')
     import openvino
 
     file = folder / 'openvino.onnx'
@@ -147,13 +154,11 @@ def compare_runtimes(
         label = f'{shape}, {count} thread{"s" * (count > 1)}'
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             runs, notes = _prepare(models, runtimes, image, Path(folder), count)
-            seconds = time_in_turns(
-                {key: lambda run=run: run(image) for key, run in runs.items()},
-                *('cpu', rounds, label),
-                settle=True,
-            )
+            calls = {key: partial(run, image) for key, run in runs.items()}
+            seconds = time_in_turns(calls, 'cpu', rounds, label, settle=True)
         best = min(
-            (s for (_, name), s in seconds.items() if name == 'ResNet'), default=0
+            (value for (_, name), value in seconds.items() if name == 'ResNet'),
+            default=torch.nan,
         )
         for runtime in notes:
             times = {name: seconds.get((runtime, name), torch.nan) for name in models}
