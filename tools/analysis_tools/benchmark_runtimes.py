@@ -239,8 +239,8 @@ def plot(rows: list[dict[str, object]], title: str, path: Path) -> None:
         axis.margins(x=0.12)
         axis.set_title(f'{shape}, {threads} thread{"s" * (threads > 1)}', fontsize=10)
         axis.spines[['top', 'right']].set_visible(False)
-    axes[0, 0].invert_yaxis()
-    for axis in axes[-1]:
         axis.set_xlabel("time / best ResNet's")
+        axis.tick_params(labelbottom=True)
+    axes[0, 0].invert_yaxis()
     axes[0, 0].legend(fontsize=8)
     figure.savefig(path, dpi=110)
