@@ -125,7 +125,10 @@ def _operators(operator: str, opset: int) -> Iterator[None]:
                 f'{key}_i': list(value) for key, value in zip(keys, values, strict=True)
             }
             out = g.op(f'mmcls_involution::{name}', *tensors, **attributes)
-            return out.setType(tensors[0].type().with_sizes([None] * 4))
+            # Where sizes are known ONNX Runtime adds residuals inside convolutions.
+            shapes = [tensor.type().sizes() or [None] * 4 for tensor in tensors[:2]]
+            sizes = [*shapes[0][:2], *shapes[1][-2:]]
+            return out.setType(tensors[0].type().with_sizes(sizes))
 
         return write
 

@@ -3,9 +3,10 @@
 A sum over K*K shifted images is 150 small operators. Here a window of ``TILE`` outputs
 of one row is one matrix product instead: its K rows of pixels, ``[K*width, C/G]``, are
 multiplied by a matrix ``[TILE, K*width]`` that has each output's kernel shifted to
-where that output lies. Two gathers copy the pixels. The shift costs nothing: a row that
-is ``stride`` longer than its pitch, read with the pitch, lies ``stride`` further on.
-Where kernels are generated, the convolution that spans them writes the zeros between.
+where that output lies. Slices cut the rows into windows, and a gather puts K of them
+together. The shift costs nothing: a row that is ``stride`` longer than its pitch, read
+with the pitch, lies ``stride`` further on. Where kernels are generated, the convolution
+that spans them writes the zeros between.
 
 Sizes may be symbols, of torch.export or of torch.jit.trace.
 """
@@ -153,19 +154,22 @@ def _sum_windows(
     kernels = kernels.reshape(-1, groups, tiles, height, TILE * pitch)
     kernels = kernels[..., : TILE * columns].unflatten(4, (TILE, columns))
 
-    channels = input.shape[1] // groups
+    # A row of pixels is cut where tiles begin. A window is such a piece and the next,
+    # or as many as it reaches into.
+    channels, step = input.shape[1] // groups, TILE * stride[1]
+    pieces = (window + step - 1) // step
+    right = (tiles + pieces - 1) * step - input.shape[3] - padding[1]
+    # A stride may leave pixels that no window sees, and `right` would be negative.
+    pad = (0, 0, padding[1], right + stride[1], padding[0], padding[0])
     images = input.unflatten(1, (groups, channels)).permute(0, 1, 3, 4, 2)
-    # The last tile may reach this much further than the image's padding.
-    right = padding[1] + (TILE - 1) * stride[1]
-    images = F.pad(images, (0, 0, padding[1], right, padding[0], padding[0]))
-    padded_height, padded_width = images.shape[2:4]
+    images = F.pad(images, pad)
+    strips = []
+    for first in range(0, pieces * step, step):
+        strip = images[:, :, :, first : first + tiles * step]
+        strip = strip.reshape(-1, groups, images.shape[2], tiles, step * channels)
+        strips.append(strip[..., : (window - first) * channels])
+    strips = torch.cat(strips, dim=4).transpose(2, 3)
     device = input.device
-    starts = torch.arange(tiles, device=device) * (TILE * stride[1])
-    seen = starts[:, None] + torch.arange(window, device=device)
-    lines = torch.arange(padded_height, device=device) * padded_width
-    pixels = (lines[:, None] + seen[:, None, :]).flatten()
-    strips = images.flatten(2, 3).index_select(2, pixels)
-    strips = strips.reshape(-1, groups, tiles, padded_height, window * channels)
     lines = torch.arange(height, device=device) * stride[0]
     taps = torch.arange(kernel_size[0], device=device) * dilation[0]
     windows = strips.index_select(3, (lines[:, None] + taps).flatten())

@@ -78,6 +78,22 @@ def test_other_generators(generator, tmp_path):
     export.compare(model, run, [tuple(image.shape)])
 
 
+@needs_onnx
+def test_sizes_behind_custom_operators_are_known(tmp_path):
+    """Without them ONNX Runtime does not put the addition behind into a convolution."""
+    import onnx
+
+    layer = nn.Sequential(Involution2d(16, stride=2))
+    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    file = tmp_path / 'model.onnx'
+    export.export_onnx(model, torch.randn(2, 16, 19, 23), file, operator='custom')
+    graph = onnx.load(file).graph
+    (node,) = (node for node in graph.node if node.domain == 'mmcls_involution')
+    values = {value.name: value for value in [*graph.value_info, *graph.output]}
+    dims = values[node.output[0]].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in dims] == [2, 16, 10, 12]
+
+
 class _Tuple(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -13,8 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from mmcls_involution.ops import BACKENDS, output_size
+from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.ops import BACKENDS, Involution2d, output_size
 from mmcls_involution.ops.backends import reference
 
 TOOLS = Path(__file__).parents[2] / 'tools' / 'analysis_tools'
@@ -113,6 +116,82 @@ def test_model(model_run):
         ratio = float(row['RedNet ms']) / float(row['ResNet ms'])
         assert float(row['time ratio']) == pytest.approx(ratio)
         assert float(row['memory ratio']) > 0
+
+
+@pytest.fixture
+def runtimes(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module('benchmark_runtimes')
+
+
+class Features(nn.Module):
+    """A backbone of one convolution, or of an involution behind it."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), *layers)
+
+    def forward(self, x):
+        return (self.layers(x),)
+
+
+def test_runtimes(runtimes, monkeypatch, tmp_path):
+    """One that is not installed is a row without figures, named."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        'find_spec',
+        lambda name: None if name == 'openvino' else find_spec(name),
+    )
+    tool = importlib.import_module('benchmark_model')
+    monkeypatch.setattr(tool, 'RedNet', lambda depth: Features(Involution2d(16, 3)))
+    path, picture = tmp_path / 'runtimes.csv', tmp_path / 'runtimes.png'
+    names = ['eager', 'openvino']
+    if find_spec('onnx') and find_spec('onnxruntime'):
+        names.append('onnxruntime')
+    argv = ['benchmark_model.py', '--runtimes', *names, '--shape', '1x3x33x40']
+    argv += ['--rounds', '1', '--out', path, '--plot', picture]
+    monkeypatch.setattr(sys, 'argv', [*map(str, argv)])
+    tool.main()
+    rows = {row['runtime']: row for row in read(path)}
+    assert [*rows] == names
+    missing = rows.pop('openvino')
+    assert missing['note'].endswith('openvino')
+    assert missing['RedNet ms'] == 'nan'
+    best = min(float(row['ResNet ms']) for row in rows.values())
+    for row in rows.values():
+        ours, theirs = float(row['RedNet ms']), float(row['ResNet ms'])
+        assert float(row['RedNet / ResNet']) == pytest.approx(ours / theirs)
+        assert float(row['RedNet / best ResNet']) == pytest.approx(ours / best)
+        assert float(row['ResNet / best ResNet']) == pytest.approx(theirs / best)
+        assert row['note'].startswith('differs by')
+    assert picture.read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_runtime_that_computes_something_else_is_refused(runtimes, monkeypatch):
+    def wrong(model, *rest):
+        return lambda image: [out * (1 + 2e-5) for out in model(image)]
+
+    monkeypatch.setitem(runtimes.RUNTIMES, 'wrong', wrong)
+    models = dict.fromkeys(('RedNet', 'ResNet'), Features())
+    with pytest.raises(UserError, match='differs from PyTorch'):
+        runtimes.compare_runtimes(models, ['wrong'], ['1x3x9x9'], [1], 1)
+
+
+@pytest.mark.skipif(shutil.which('g++') is None, reason='needs g++')
+@pytest.mark.long
+@pytest.mark.parametrize('runtime', ['compile', 'freeze', 'aot'])
+def test_compiled_runtimes(runtime, runtimes, tmp_path):
+    """Frozen weights are packed for oneDNN's convolution, others can change."""
+    model = Exported(nn.ModuleDict({'backbone': Features()}), backbone=True)
+    image = torch.randn(1, 3, 9, 9)
+    with torch.no_grad():
+        run = runtimes.RUNTIMES[runtime](model, image, tmp_path, 1)
+        torch.testing.assert_close(run(image)[0], model(image)[0])
+        with torch.profiler.profile() as profile:
+            run(image)
+    packed = any('mkldnn::_convolution' in event.key for event in profile.events())
+    assert packed == (runtime == 'freeze')
 
 
 CUDA_AS_CPP = r"""

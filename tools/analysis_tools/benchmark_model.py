@@ -1,11 +1,16 @@
 """Time RedNet against MMPretrain's ResNet of the same depth.
 
     python tools/analysis_tools/benchmark_model.py [--shape 8x3x224x224 ...] [--amp] ...
+    python tools/analysis_tools/benchmark_model.py --runtimes [NAME ...] [--plot FILE]
 
 Inference and training step of the backbones with all four stages out, both networks
 treated alike, in turns in one process: the ratios hold where absolute times drift. On a
 CPU RedNet turns to channels_last memory by itself, and back; the treatment
 `channels_last` gives both networks that memory from the start.
+
+With --runtimes inference alone, on the CPU, in PyTorch, compiled and elsewhere. Each
+runtime's output is compared with PyTorch's first. One whose packages are missing is
+left out, and said so.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import copy
 from pathlib import Path
 
 import torch
+from benchmark_runtimes import RUNTIMES, compare_runtimes, plot
 from benchmark_utils import describe_machine, peak_memory, time_in_turns, write_csv
 from mmcv.cnn import fuse_conv_bn
 
@@ -35,8 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--shape',
         nargs='+',
-        default=['8x3x224x224', '1x3x800x1216'],
-        help='batch x channels x height x width (default: %(default)s)',
+        help='batch x channels x height x width (default: 8x3x224x224 1x3x800x1216; '
+        'of runtimes 1x3x224x224 8x3x224x224)',
     )
     parser.add_argument(
         '--treatment',
@@ -52,11 +58,48 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--amp', action='store_true', help='autocast to bfloat16')
     parser.add_argument('--compile', action='store_true', help='use torch.compile')
     parser.add_argument('--no-train', action='store_true', help='inference alone')
+    parser.add_argument(
+        '--runtimes',
+        nargs='*',
+        choices=RUNTIMES,
+        help='compare these instead, or all: %(choices)s',
+    )
+    parser.add_argument(
+        '--threads',
+        type=int,
+        nargs='+',
+        default=[1],
+        help='numbers of them, of --runtimes (default: 1)',
+    )
+    parser.add_argument(
+        '--plot', type=Path, help='file for a chart of --runtimes, by its suffix'
+    )
     parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
     parser.add_argument(
         '--out', type=Path, default=Path('work_dirs/benchmark_model.csv')
     )
     return parser.parse_args()
+
+
+def report_runtimes(args: argparse.Namespace) -> None:
+    """What --runtimes asks for."""
+    from mmpretrain.models import ResNet
+
+    models = {'RedNet': RedNet(args.depth), 'ResNet': ResNet(args.depth)}
+    rows = compare_runtimes(
+        models,
+        args.runtimes or list(RUNTIMES),
+        args.shape or ['1x3x224x224', '8x3x224x224'],
+        args.threads,
+        args.rounds,
+    )
+    title = f'RedNet-{args.depth} and ResNet-{args.depth}, inference, fp32'
+    print_table(title, rows)
+    write_csv(args.out, rows)
+    console.print(f'Written: {args.out}')
+    if args.plot:
+        plot(rows, title, args.plot)
+        console.print(f'Written: {args.plot}')
 
 
 def main() -> None:
@@ -65,6 +108,9 @@ def main() -> None:
     from mmpretrain.models import ResNet
 
     console.print(describe_machine(args.device))
+    if args.runtimes is not None:
+        report_runtimes(args)
+        return
     stages = dict(depth=args.depth, out_indices=(0, 1, 2, 3))
     models = {
         'RedNet': RedNet(**stages).to(args.device),
@@ -117,7 +163,7 @@ def main() -> None:
         rows.append(row)
         console.print(f'{label}: {row["time ratio"]:.2f} of the time')
 
-    for shape in args.shape:
+    for shape in args.shape or ['8x3x224x224', '1x3x800x1216']:
         x = torch.randn(*map(int, shape.split('x')), device=args.device)
         for treatment in args.treatment:
             images = x

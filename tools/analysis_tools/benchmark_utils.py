@@ -29,6 +29,7 @@ def time_in_turns(
     rounds: int,
     description: str,
     kernels_alone: bool = False,
+    settle: bool = False,
 ) -> dict[str, float]:
     """Median time of each function in seconds.
 
@@ -43,6 +44,9 @@ def time_in_turns(
         description (str): Of the progress bar.
         kernels_alone (bool): Leave the GPU so far behind that it never waits for
             Python to launch a kernel. Defaults to False.
+        settle (bool): Run each function once more before each time it counts: threads
+            of another runtime go on to wait for work, at full speed, for a while.
+            Defaults to False.
     """
 
     def stopwatch(function: Callable[[], object]) -> float:
@@ -58,6 +62,8 @@ def time_in_turns(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for turn in progress(range(rounds + 1), description):
         for name, function in functions.items():
+            if settle:
+                function()
             seconds = stopwatch(function)
             if turn:
                 times[name].append(seconds)
