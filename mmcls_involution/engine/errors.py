@@ -139,6 +139,15 @@ def _explain(error: Exception) -> str | None:
         errno.EROFS,
     ):
         return str(error)
+    # What one process meets when another is gone: NCCL's error, and the text of gloo's.
+    if isinstance(error, torch.distributed.DistBackendError) or '/gloo/' in str(error):
+        found = str(error).partition('. This is typically')[0]
+        return (
+            f'Another process of this run has ended or cannot be reached ({found}). '
+            'Its own error is in the log; one that was killed, perhaps for want of '
+            'memory, says nothing. A training goes on from its last checkpoint with '
+            '--resume.'
+        )
     # MMEngine's, where init_cfg.prefix does not fit the checkpoint
     if str(error).endswith('is not in the pretrained model'):
         return (

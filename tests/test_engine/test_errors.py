@@ -83,6 +83,13 @@ def test_what_the_user_can_put_right(kind):
     assert message_of(kind('the reason')) == 'Error: the reason'
 
 
+def test_what_is_left_of_several_processes():
+    error = '[/pytorch/third_party/gloo/x.cc:5] Connection closed. This is typically ..'
+    message = message_of(RuntimeError(error))
+    assert 'Another process of this run has ended' in message
+    assert 'x.cc:5] Connection closed).' in message and '--resume' in message
+
+
 def test_bugs_keep_their_traceback():
     with pytest.raises(ValueError, match='of ours'), one_message_per_error():
         raise ValueError('of ours')
