@@ -226,6 +226,15 @@ def kill_one_of_two(folder: Path, times: int) -> str:
     length = time.time() - started
     killed = in_save = ended = equal = lost = 0
     longest = 0.0
+
+    def counted() -> str:
+        return (
+            f'{killed} kills of one of two processes, {in_save} in a save: the other '
+            f'ended within {longest:.1f} s; {lost} times a checkpoint was lost, every '
+            f'file loaded; {ended} trainings ended, {equal} of them bit-equal to one '
+            'without a kill'
+        )
+
     while killed < times:
         job = start_two(run)
         time.sleep(random.uniform(0.3, 1.0) * length)
@@ -248,11 +257,9 @@ def kill_one_of_two(folder: Path, times: int) -> str:
         killed += 1
         in_save += any(run.glob('.iter_*'))
         lost += iteration(run) < before
-    return (
-        f'{killed} kills of one of two processes, {in_save} in a save: the other ended '
-        f'within {longest:.1f} s; {lost} times a checkpoint was lost, every file '
-        f'loaded; {ended} trainings ended, {equal} of them bit-equal to one without'
-    )
+        if killed % 5 == 0:
+            print(counted(), flush=True)
+    return counted()
 
 
 def main() -> None:

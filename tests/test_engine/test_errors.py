@@ -54,7 +54,7 @@ def test_the_innermost_part_is_named():
     )
     wrong = dict(type='Branch', leaf=dict(type='Leaf', siz=1))
     assert message_of(wrong) == (
-        "Error: Leaf has no argument 'siz'. Did you mean size?"
+        "Error: Leaf has no argument 'siz'. Did you mean size? It takes size."
     )
 
 
