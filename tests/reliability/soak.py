@@ -238,11 +238,13 @@ def kill_one_of_two(folder: Path, times: int) -> str:
     while killed < times:
         job = start_two(run)
         time.sleep(random.uniform(0.3, 1.0) * length)
-        while killed % 2 and job.poll() is None and not any(run.glob('.iter_*')):
-            time.sleep(0.0005)
+        both, wait = ranks(job), killed % 2
+        while both and wait and job.poll() is None and not any(run.glob('.iter_*')):
+            time.sleep(0.0002)
+        if both and job.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(random.choice(both), signal.SIGKILL)
         before = max((int(file.stem[5:]) for file in run.glob('iter_*.pth')), default=0)
-        if both := ranks(job):
-            os.kill(random.choice(both), signal.SIGKILL)
         moment = time.time()
         if job.wait(PATIENCE) == 0:
             ended += 1
