@@ -54,7 +54,7 @@ test: setup  ## run the tests, on up to four cores
 test-long: setup  ## the tests that take long: sweeps of sizes, compilers, interpreters
 	@$(RUN) -m pytest -m long --numprocesses auto --maxprocesses 4 --dist worksteal
 
-soak: setup  ## kill a small training 200 times, fill its disk 20 times, count the losses (long)
+soak: setup  ## kill a small training 200 times and one of its two processes 20 times, fill its disk, count the losses (long)
 	@$(RUN) tests/reliability/soak.py
 
 lint: setup  ## ruff: rules and format

@@ -18,7 +18,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmengine.runner import load_checkpoint
 
 from mmcls_involution import models  # noqa: F401 (registers models and paddleclas://)
-from mmcls_involution.engine.config import read_config
+from mmcls_involution.engine.config import read_config, shipped
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.paths import ROOT
 from mmcls_involution.weights.files import check_checkpoint
@@ -44,17 +44,16 @@ def find_config(name: str) -> tuple[str, str | None]:
     """
     if Path(name).is_file():
         return name, None
-    known = _models()
-    for file in sorted((ROOT / 'configs').glob('*/*.py')):
-        if file.parent.name != '_base_':
-            known.setdefault(file.stem, (str(file), None))
-    stem = name.removesuffix('.py')
-    if stem not in known:
-        raise UserError(
-            f'No config: {name} is no file, and no config of this package is called so.'
-            + did_you_mean(Path(stem).name, known)
-        )
-    return known[stem]
+    known, stem = _models(), name.removesuffix('.py')
+    if stem in known:
+        return known[stem]
+    if file := shipped(Path(name)):
+        return str(file), None
+    names = {file.stem for file in (ROOT / 'configs').glob('[!_]*/*.py')}
+    raise UserError(
+        f'No config: {name} is no file, and no config of this package is called so.'
+        + did_you_mean(Path(stem).name, names | known.keys())
+    )
 
 
 def _models() -> dict[str, tuple[str, str | None]]:

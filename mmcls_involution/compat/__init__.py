@@ -14,6 +14,7 @@ import importlib.util
 
 from .checkpoints import load_weights_only, pickle_history_plainly
 from .coco_files import read_coco_as_meant
+from .config_text import remember_config_text
 from .fsdp import name_fsdp_arguments
 from .mmcv_ops import provide_mmcv_ops
 from .package_paths import (
@@ -40,6 +41,7 @@ __all__ = [
     'pickle_history_plainly',
     'provide_mmcv_ops',
     'read_coco_as_meant',
+    'remember_config_text',
     'replace_pkg_resources',
 ]
 
@@ -59,3 +61,4 @@ def apply() -> None:
         load_weights_only()
         name_fsdp_arguments()
         outlive_lost_scalars()
+        remember_config_text()

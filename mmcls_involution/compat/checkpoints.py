@@ -7,13 +7,8 @@ import pickle
 import re
 import zipfile
 from collections.abc import Callable
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
-
-# The checkpoint that Runner.resume is reading: the user named it, or it lies in the
-# run's own work directory.
-_resumed_file: ContextVar[str | None] = ContextVar('resumed_file', default=None)
 
 
 def pickle_history_plainly() -> None:
@@ -65,35 +60,19 @@ def load_weights_only() -> None:
 
     MMEngine leaves ``weights_only`` to torch.load, which TORCH_FORCE_NO_WEIGHTS_ONLY_
     LOAD turns off, and to torch.hub for a URL, whose default is an unrestricted load.
-    ``load_from``, ``Pretrained`` and testing never need that. Only a local file given
-    to ``Runner.resume`` is, where it holds more than weights-only loading allows,
-    unpickled in full, after a warning.
+    Resuming does not need that either: the one call that MMEngine's own training
+    checkpoints ask for is answered by :func:`_history_statistic`.
 
     Answers https://github.com/open-mmlab/mmengine/issues/1655. Does nothing the second
     time.
     """
-    from mmengine.runner import CheckpointLoader, Runner, checkpoint
+    from mmengine.runner import CheckpointLoader, checkpoint
 
     if checkpoint.load_from_local is _load_from_local:
         return
     CheckpointLoader.register_scheme('', _load_from_local, force=True)
     checkpoint.load_from_local = _load_from_local
     checkpoint.load_url = functools.partial(_load_url, checkpoint.load_url)
-    Runner.resume = _trusting(Runner.resume)
-
-
-def _trusting(resume: Callable[..., None]) -> Callable[..., None]:
-    """Mark the file as the resumed one while ``Runner.resume`` runs."""
-
-    @functools.wraps(resume)
-    def wrapper(self: Any, filename: str, *args: Any, **kwargs: Any) -> None:
-        token = _resumed_file.set(str(filename))
-        try:
-            resume(self, filename, *args, **kwargs)
-        finally:
-            _resumed_file.reset(token)
-
-    return wrapper
 
 
 def _load_from_local(filename: str, map_location: Any = None) -> Any:
@@ -105,7 +84,6 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
         RuntimeError: If the file is torn or is not a checkpoint.
     """
     import torch
-    from mmengine.logging import print_log
 
     path = Path(filename).expanduser()
     if not path.is_file():
@@ -116,21 +94,12 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
         ):
             return torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        if str(filename) != _resumed_file.get():
-            raise _refusal(filename, error) from None
-        print_log(
-            f'{filename} cannot be loaded weights-only ({_reason(path, error)}). It is '
-            'unpickled in full because you resume from it: code in it will run. Stop '
-            'now if you do not trust where it comes from.',
-            logger='current',
-            level=30,
-        )
+        raise _refusal(filename, error) from None
     except (RuntimeError, EOFError, LookupError) as error:  # of text the last one
         raise RuntimeError(
             f'{filename} is not a complete checkpoint: {error}. It may have been cut '
             'short by a full disk or a kill; use an earlier one.'
         ) from error
-    return torch.load(path, map_location=map_location, weights_only=False)
 
 
 def _load_url(stock: Callable[..., Any], url: str, **kwargs: Any) -> Any:
@@ -175,5 +144,6 @@ def _refusal(source: str, error: Exception) -> pickle.UnpicklingError:
         f'Refused to load {source}: {reason}. Loading it could run code, and weights '
         'need none. If you trust the file, extract its weights with '
         "torch.save(torch.load(PATH, weights_only=False)['state_dict'], NEW_PATH) "
-        'and load those.'
+        'and load those; to resume from it, a module in custom_imports of the config '
+        'can allow what it asks for by torch.serialization.add_safe_globals.'
     )

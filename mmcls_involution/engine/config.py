@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import re
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,13 @@ from mmcls_involution.paths import ROOT
 PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '
     '(work_dir: ./work_dirs/<name of the config>).'
+)
+KINDS = {dict: 'a dict', list: 'a list', str: 'a text', bool: 'True or False'}
+# Parts below the top level that are read before they are built.
+DICTS = (
+    *('model.backbone', 'model.head', 'optim_wrapper.optimizer'),
+    *(f'{split}_dataloader.dataset' for split in ('train', 'val', 'test')),
+    *(f'{split}_dataloader.sampler' for split in ('train', 'val', 'test')),
 )
 # default_scope -> what pip installs for it
 LIBRARIES = {'mmdet': 'det', 'mmseg': 'seg', 'mmpretrain': 'cls'}
@@ -83,7 +91,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        path = _shipped(path) or path
+        path = shipped(path) or path
     if not path.is_file():
         raise UserError(f'Config not found: {path}.{_similar_files(path)}')
     try:
@@ -128,6 +136,7 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
             '(Rename it if it is a variable of yours.)'
         )
 
+    _check_kinds(cfg, path)
     scope = cfg.setdefault('default_scope', 'mmengine')
     if importlib.util.find_spec(scope) is None:
         fix = did_you_mean(scope, LIBRARIES)
@@ -180,13 +189,58 @@ def _runner_arguments() -> set[str]:
     }
 
 
+def _check_kinds(cfg: Config, path: Path) -> None:
+    """Refuse a number where a dict should be, and so on, before anybody reads it.
+
+    What the top-level keys may be, MMEngine's runner says in its annotations.
+
+    Raises:
+        UserError: If a part of the config is of a kind that nobody can use.
+    """
+    kinds = typing.get_type_hints(Runner.__init__)
+    found = [
+        wrong
+        for key in kinds.keys() - {'log_level', 'cfg'}
+        for wrong in _of_another_kind(key, cfg.get(key), kinds[key])
+    ]
+    for key in DICTS:
+        outer, _, inner = key.partition('.')
+        if isinstance(part := cfg.get(outer), dict):
+            found += _of_another_kind(key, part.get(inner), dict)
+    if found:
+        key, value, kind = min(found)
+        raise UserError(
+            f'{path}: {key} is {value:.80}, and should be {kind}. Write it so in the '
+            f'config, or with --cfg-options {key}...'
+        )
+
+
+def _of_another_kind(key: str, value: Any, kind: Any) -> Iterator[tuple[str, str, str]]:
+    """Key, value and what it should be, of each value that is not as annotated."""
+    if value is None:  # left out
+        return
+    options = typing.get_args(kind) if typing.get_origin(kind) is typing.Union else ()
+    written = []  # what a config can hold: no objects
+    for option in options or (kind,):
+        plain, inner = typing.get_origin(option) or option, typing.get_args(option)
+        if isinstance(value, plain) or (plain is list and isinstance(value, tuple)):
+            if inner:  # a kind of its items
+                items = value.items() if plain is dict else enumerate(value)
+                for name, item in items:
+                    yield from _of_another_kind(f'{key}.{name}', item, inner[-1])
+            return
+        if plain in KINDS:
+            written.append(KINDS[plain])
+    yield key, repr(value), ' or '.join(written)
+
+
 def _is_used(name: str, text: str) -> bool:
     """Whether a config not only sets a variable, but reads it too."""
     found = len(re.findall(rf'\b{name}\b', text))
     return found > len(re.findall(rf'^{name}\s*=', text, re.MULTILINE))
 
 
-def _shipped(path: Path) -> Path | None:
+def shipped(path: Path) -> Path | None:
     """The config of this package that a path from its folder, or a name, means."""
     name = f'{path.name.removesuffix(".py")}.py'
     folders = [path.parent] if path.parent != Path() else (ROOT / 'configs').glob('*')
@@ -256,6 +310,8 @@ def registered(registry: Registry, kind: Any) -> Any:
         UserError: If no class has that name.
     """
     if not isinstance(kind, str):
+        if kind is not None and not callable(kind):
+            raise UserError(f'{kind!r} is no type: the name of a class is one.')
         return kind
     with registry.switch_scope_and_registry(None) as registry:
         found = registry.get(kind)

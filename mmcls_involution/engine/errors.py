@@ -18,6 +18,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import weight_init
 from mmengine.registry import Registry
+from mmengine.runner import Runner
 
 from mmcls_involution import compat
 from mmcls_involution.weights.fit import Misfit
@@ -84,6 +85,28 @@ def _builds_on_record() -> Iterator[None]:
 
         return wrapper
 
+    def setting_up(method: Any) -> Any:
+        plain = method.__func__ if isinstance(method, staticmethod) else method
+
+        @functools.wraps(plain)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return plain(*args, **kwargs)
+            except CAUSED_BY_CONFIG as error:
+                if getattr(error, 'explanation', None) is None:
+                    error.explanation = _explain_set_up(error, plain.__name__)
+                raise
+
+        return staticmethod(wrapper) if isinstance(method, staticmethod) else wrapper
+
+    # What the runner does with a config besides building its parts.
+    methods = {
+        name: method
+        for name, method in vars(Runner).items()
+        if name.startswith(('build_', 'register_', 'set_randomness', 'setup_env'))
+    }
+    for name, method in methods.items():
+        setattr(Runner, name, setting_up(method))
     stock = Registry.build, weight_init.build_from_cfg
     Registry.build = noting(Registry.build, registry_first=True)
     # MMEngine builds initializers without Registry.build.
@@ -92,12 +115,17 @@ def _builds_on_record() -> Iterator[None]:
         yield
     finally:
         Registry.build, weight_init.build_from_cfg = stock
+        for name, method in methods.items():
+            setattr(Runner, name, method)
 
 
 def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None:
     """A message for an error that building ``cfg`` from ``registry`` has raised."""
     if not isinstance(cfg, dict | Config):
-        return None
+        return (
+            f'Cannot build a {registry.name} from {cfg!r:.80}: it should be a dict, '
+            f"such as dict(type='NAME OF A CLASS', ...)."
+        )
     kind = built = cfg.get('type', cfg.get('runner_type'))
     with registry.switch_scope_and_registry(cfg.get('_scope_')) as registry:
         if isinstance(kind, str):
@@ -120,15 +148,27 @@ def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None
             for base in built.__mro__
             for name in inspect.signature(base.__init__).parameters
         }
+        accepted -= {'self', 'args', 'kwargs'}
         return (
             f'{built.__name__} has no argument {unexpected[1]!r}.'
-            f'{did_you_mean(unexpected[1], accepted)}'
+            f'{did_you_mean(unexpected[1], accepted)} It takes '
+            f'{", ".join(sorted(accepted))}.'
         )
-    where = traceback.extract_tb(error.__traceback__)[-1]
     return (
         f'Cannot build {getattr(built, "__name__", kind)} from the config: '
-        f'{type(error).__name__}: {text} ({where.filename}:{where.lineno})'
+        f'{_with_place(error)}'
     )
+
+
+def _explain_set_up(error: Exception, method: str) -> str:
+    """A message for an error that a method of the runner has raised."""
+    part = method.partition('_')[2].replace('_', ' ')
+    return f'Cannot set up the {part} of the config: {_with_place(error)}'
+
+
+def _with_place(error: Exception) -> str:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f'{type(error).__name__}: {error} ({where.filename}:{where.lineno})'
 
 
 def _explain(error: Exception) -> str | None:
@@ -139,6 +179,15 @@ def _explain(error: Exception) -> str | None:
         errno.EROFS,
     ):
         return str(error)
+    # What one process meets when another is gone: NCCL's error, and the text of gloo's.
+    if isinstance(error, torch.distributed.DistBackendError) or '/gloo/' in str(error):
+        found = str(error).partition('. This is typically')[0]
+        return (
+            f'Another process of this run has ended or cannot be reached ({found}). '
+            'Its own error is in the log; one that was killed, perhaps for want of '
+            'memory, says nothing. A training goes on from its last checkpoint with '
+            '--resume.'
+        )
     # MMEngine's, where init_cfg.prefix does not fit the checkpoint
     if str(error).endswith('is not in the pretrained model'):
         return (

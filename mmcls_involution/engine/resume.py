@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import logging
-import pickle
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -38,6 +37,7 @@ def check_resume(cfg: Config) -> None:
     Raises:
         UserError: If the file is no checkpoint of a training, or of one with another
             model or optimizer.
+        pickle.UnpicklingError: If reading it could run code.
     """
     path = cfg.load_from
     if '://' in path or cfg.get('runner_type'):
@@ -50,8 +50,6 @@ def check_resume(cfg: Config) -> None:
         )
     try:
         checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
-    except pickle.UnpicklingError:
-        return  # Runner.resume warns, and reads it in full
     except RuntimeError as error:
         raise UserError(f'Cannot resume: {error}') from error
     meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None

@@ -52,6 +52,8 @@ class SafeCheckpointHook(CheckpointHook):
         if max_keep_ckpts > 0:
             max_keep_ckpts = max(max_keep_ckpts, LEAST)
         super().__init__(*args, max_keep_ckpts=max_keep_ckpts, **kwargs)
+        if not isinstance(self.interval, int):  # else the first save finds out
+            raise TypeError(f'interval should be an int, got {self.interval!r}')
         self._meta: dict = {}
 
     @property

@@ -139,7 +139,7 @@ def _damage(file: Path) -> str | None:
                 return f'damaged at {part}'
         CheckpointLoader.load_checkpoint(str(file), 'cpu', logger='silent')
     except pickle.UnpicklingError:
-        return None  # whole; whether it is read in full, resuming decides
+        return None  # whole; to resume it says what it asks for
     except zipfile.BadZipFile as error:
         return f'cut short ({error})'
     except Exception as error:

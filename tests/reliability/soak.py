@@ -1,6 +1,6 @@
 """Kill a small training at random moments, resume it, and count what is lost.
 
-    python tests/reliability/soak.py [--kills 200] [--full 20] [--seed SEED]
+    python tests/reliability/soak.py [--kills 200] [--full 20] [--ranks 20] [--seed S]
 
 Each training saves after every iteration, so that many kills are inside of a save. It
 is killed by SIGKILL and resumed until it has ended, and then another one begins; its
@@ -9,6 +9,9 @@ end must be that of a training that nobody killed.
 A second part has the disk full for three saves. Where this program may mount one, that
 is a file system in memory, with a file that leaves no or little room; elsewhere writing
 past a limit of size fails as on a full disk.
+
+In a third part the command ``train`` runs in two processes, as torchrun starts them,
+and one of them is killed, every other time while a checkpoint is written.
 """
 
 from __future__ import annotations
@@ -32,16 +35,17 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 import toy  # noqa: E402
-from mmengine.config import config as mmengine_config  # noqa: E402
 from mmengine.hooks import Hook  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
-from mmengine.utils import ManagerMixin  # noqa: E402
 
 from mmcls_involution import compat  # noqa: E402
 from mmcls_involution.engine.config import build_runner  # noqa: E402
 from mmcls_involution.engine.loops import resume_exactly  # noqa: E402
 from mmcls_involution.engine.saving import save_safely  # noqa: E402
 from mmcls_involution.weights.files import latest_checkpoint  # noqa: E402
+
+LENGTH = 100  # iterations of a training in two processes
+PATIENCE = 300  # seconds for it to end
 
 
 def runner_of(folder: Path, **changes) -> Runner:
@@ -101,15 +105,10 @@ def start(folder: Path, full: FullDisk | None = None) -> int:
 
 def warm_up(folder: Path) -> None:
     """Train once here, so that no process that is forked spends its time on imports."""
-    # A checkpoint holds the config; to lay out its text takes longer than to train.
-    mmengine_config.FormatCode = lambda text, **_: (text, True)
+    # Under a name of its own, by which MMEngine keeps loggers for the whole process.
+    changes = dict(default_hooks__checkpoint__interval=1, experiment_name='warm up')
     with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null):
-        runner_of(folder, default_hooks__checkpoint__interval=1).train()
-    classes = [ManagerMixin]
-    while classes:
-        cls = classes.pop()
-        cls._instance_dict.clear()
-        classes += cls.__subclasses__()
+        runner_of(folder, **changes).train()
 
 
 def iteration(folder: Path) -> int:
@@ -120,10 +119,10 @@ def iteration(folder: Path) -> int:
     return newest
 
 
-def same(a: Path, b: Path) -> bool:
+def same(a: Path, b: Path, last: int = 20) -> bool:
     """Whether two trainings ended with the same weights."""
     first, second = (
-        torch.load(folder / 'iter_20.pth', weights_only=True)['state_dict']
+        torch.load(folder / f'iter_{last}.pth', weights_only=True)['state_dict']
         for folder in (a, b)
     )
     return all(torch.equal(first[name], second[name]) for name in first)
@@ -193,10 +192,83 @@ def fill_often(folder: Path, whole: Path, times: int) -> str:
     return f'{times} trainings with a full {what}: {good} ended as without'
 
 
+def start_two(folder: Path) -> subprocess.Popen:
+    """Train in two processes, or go on; the process is torchrun."""
+    folder.mkdir(exist_ok=True)
+    here = Path(__file__).parent
+    return subprocess.Popen(
+        [
+            *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
+            *('--nproc_per_node=2', here.parents[1] / 'tools' / 'train.py'),
+            *(toy.for_two(folder, train_cfg__max_iters=LENGTH), '--resume'),
+            *('--launcher', 'pytorch'),
+        ],
+        env={**os.environ, 'PYTHONPATH': f'{here}{os.pathsep}{here.parents[1]}'},
+        stdout=(folder / 'log').open('w'),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def ranks(job: subprocess.Popen) -> list[int]:
+    """The two processes of a training, while there are both."""
+    if job.poll() is not None:
+        return []
+    children = Path(f'/proc/{job.pid}/task/{job.pid}/children').read_text().split()
+    return [int(process) for process in children] if len(children) == 2 else []
+
+
+def kill_one_of_two(folder: Path, times: int) -> str:
+    """Returns what was counted."""
+    whole, run = folder / 'whole of two', folder / 'two'
+    started = time.time()
+    if start_two(whole).wait(PATIENCE):
+        raise SystemExit((whole / 'log').read_text())
+    length = time.time() - started
+    killed = in_save = ended = equal = lost = 0
+    longest = 0.0
+
+    def counted() -> str:
+        return (
+            f'{killed} kills of one of two processes, {in_save} in a save: the other '
+            f'ended within {longest:.1f} s; {lost} times a checkpoint was lost, every '
+            f'file loaded; {ended} trainings ended, {equal} of them bit-equal to one '
+            'without a kill'
+        )
+
+    while killed < times:
+        job = start_two(run)
+        time.sleep(random.uniform(0.3, 1.0) * length)
+        both, wait = ranks(job), killed % 2
+        while both and wait and job.poll() is None and not any(run.glob('.iter_*')):
+            time.sleep(0.0002)
+        if both and job.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(random.choice(both), signal.SIGKILL)
+        before = max((int(file.stem[5:]) for file in run.glob('iter_*.pth')), default=0)
+        moment = time.time()
+        if job.wait(PATIENCE) == 0:
+            ended += 1
+            equal += same(run, whole, LENGTH)
+            shutil.rmtree(run)
+            continue
+        longest = max(longest, time.time() - moment)
+        # torchrun says so, or the one that was left; whichever notices first.
+        log = (run / 'log').read_text()
+        if 'SIGKILL' not in log and 'Another process of this run' not in log:
+            raise SystemExit(log)
+        killed += 1
+        in_save += any(run.glob('.iter_*'))
+        lost += iteration(run) < before
+        if killed % 5 == 0:
+            print(counted(), flush=True)
+    return counted()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--kills', type=int, default=200)
     parser.add_argument('--full', type=int, default=20)
+    parser.add_argument('--ranks', type=int, default=20)
     parser.add_argument('--seed', type=int, default=random.randrange(2**32))
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -209,6 +281,8 @@ def main() -> None:
         print(f'--seed {arguments.seed}', flush=True)
         print(fill_often(folder, folder / 'whole', arguments.full), flush=True)
         print(kill_often(folder, folder / 'whole', arguments.kills), flush=True)
+        if arguments.ranks:
+            print(kill_one_of_two(folder, arguments.ranks), flush=True)
 
 
 if __name__ == '__main__':

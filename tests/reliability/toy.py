@@ -1,21 +1,26 @@
 """A training of a second that uses all that must survive a kill.
 
 Random augmentation by Python, NumPy and torch, dropout, batch norm, momentum, a
-schedule, an averaged model. MMEngine alone, no toolbox.
+schedule, an averaged model. MMEngine alone, no toolbox. Configs in files import it as
+``toy``.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dist import get_rank
 from mmengine.evaluator import BaseMetric
+from mmengine.hooks import Hook
 from mmengine.model import BaseModel
-from mmengine.registry import DATASETS, METRICS, MODELS
+from mmengine.registry import DATASETS, HOOKS, METRICS, MODELS
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -73,6 +78,44 @@ class ToyMetric(BaseMetric):
 
     def compute_metrics(self, results: list[bool]) -> dict:
         return dict(accuracy=float(np.mean(results)))
+
+
+@HOOKS.register_module()
+class Killed(Hook):
+    """One of several processes is killed in the eighth iteration.
+
+    Args:
+        rank: Of the process.
+        in_save: While the checkpoint after it is flushed, or before the iteration's
+            step, for which the other processes wait.
+    """
+
+    def __init__(self, rank: int, in_save: bool) -> None:
+        self.rank, self.in_save = rank, in_save
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.iter == 7 and get_rank() == self.rank:
+            if self.in_save:
+                os.fsync = self._kill
+            else:
+                self._kill()
+
+    @staticmethod
+    def _kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def for_two(folder: Path, **changes: Any) -> Path:
+    """Write a config of 20 iterations that saves after each; its file.
+
+    For the command ``train``, with this folder in ``PYTHONPATH``.
+    """
+    cfg = config(folder, by_epoch=False, **changes)
+    cfg.custom_imports = dict(imports=['toy'], allow_failed_imports=False)
+    cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=2)
+    file = folder / 'two.py'
+    cfg.dump(file)
+    return file
 
 
 def config(work_dir: Path, by_epoch: bool = True, **changes: Any) -> Config:

@@ -54,7 +54,7 @@ def test_the_innermost_part_is_named():
     )
     wrong = dict(type='Branch', leaf=dict(type='Leaf', siz=1))
     assert message_of(wrong) == (
-        "Error: Leaf has no argument 'siz'. Did you mean size?"
+        "Error: Leaf has no argument 'siz'. Did you mean size? It takes size."
     )
 
 
@@ -81,6 +81,13 @@ def test_upstream_is_as_before_afterwards():
 @pytest.mark.parametrize('kind', [UserError, Misfit])
 def test_what_the_user_can_put_right(kind):
     assert message_of(kind('the reason')) == 'Error: the reason'
+
+
+def test_what_is_left_of_several_processes():
+    error = '[/pytorch/third_party/gloo/x.cc:5] Connection closed. This is typically ..'
+    message = message_of(RuntimeError(error))
+    assert 'Another process of this run has ended' in message
+    assert 'x.cc:5] Connection closed).' in message and '--resume' in message
 
 
 def test_bugs_keep_their_traceback():

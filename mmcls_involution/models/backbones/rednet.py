@@ -288,7 +288,7 @@ class RedNet(BaseModule):
     ) -> None:
         if depth not in self.arch_settings:
             raise ValueError(
-                f'depth must be one of {list(self.arch_settings)}, got {depth}'
+                f'depth must be one of {list(self.arch_settings)}, got {depth!r}'
             )
         if num_stages not in (1, 2, 3, 4):
             raise ValueError(f'num_stages must be 1, 2, 3 or 4, got {num_stages}')
