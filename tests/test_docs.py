@@ -36,6 +36,7 @@ NOT_RUN = {
     r'python tools/(train|test)\.py|python -m mmcls_involution train': TRAINS,
     r'(\w+=\S+ )*bash tools/(dist|slurm)\.sh': 'test_tools/test_dist.py',
     r'python tools/reproduce\.py': 'test_runs/test_reproduce.py',
+    r'python tools/analysis_tools/make_start\.py': 'test_tools/test_make_start.py',
     r'python -m mmcls_involution compare': 'test_runs/test_compare.py',
     r'python tools/(infer|visualizations/vis_kernels)\.py': 'test_apis',
     r'python -m mmcls_involution (kernels|web)': 'test_apis',
@@ -51,7 +52,7 @@ NOT_RUN = {
     r'(cd|mkdir|git clone|unzip|for|curl|done) ?': DATA,
     r'python -m mmcls_involution\.compat': 'test_compat/test_main.py',
     r'pip (un)?install': PIP,
-    r'(SHORT|START)=|export OMP_NUM_THREADS': 'sets a variable for what follows',
+    r'(SHORT|SMALL|START|CONFIG)=|export (OMP|MALLOC)_': 'sets a variable for what follows',
 }
 # Pages -> why their Python is compiled and not executed.
 NOT_EXECUTED = {

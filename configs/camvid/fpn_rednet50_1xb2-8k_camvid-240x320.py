@@ -8,5 +8,6 @@ model = dict(
         depth=50,
         out_indices=(0, 1, 2, 3),
         stem_kernel_size=7,
+        involution_cfg=dict(init='identity'),  # docs/initialization.md
     )
 )

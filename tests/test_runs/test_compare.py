@@ -207,7 +207,6 @@ def run_script(
 def test_configs_are_compared_by_one_recipe(data, tmp_path):
     pytest.importorskip('mmdet')
     pytest.importorskip('mmseg')
-    import torch
     from mmengine.registry import MODELS
 
     result = run_script(tmp_path, data)
@@ -225,7 +224,7 @@ def test_configs_are_compared_by_one_recipe(data, tmp_path):
     assert seeds == ['0', '1', '2'] and tools == {'tools/reproduce.py'}
     (configs,) = configs
     assert compared == [  # the first config is what the others are compared with
-        Path(f'work_dirs/{data}-half', seed, Path(config).stem)
+        Path(f'work_dirs/{data}-short', seed, Path(config).stem)
         for config in configs
         for seed in seeds
     ]
@@ -237,10 +236,7 @@ def test_configs_are_compared_by_one_recipe(data, tmp_path):
     recipes, swaps = [], []
     for config in configs:
         cfg = read_config(ROOT / config, options)
-        model = MODELS.build(cfg.model).eval()
-        with torch.inference_mode():
-            features = model.extract_feat(torch.zeros(1, 3, 64, 96))
-        assert {feature.shape[1] for feature in features} == {128}
+        MODELS.build(cfg.model)
         parts = cfg.model.pop('backbone'), cfg.model.pop('neck')
         swaps.append(tuple(part['type'] for part in parts))
         cfg.pop('custom_imports', None)  # ResNet needs none
@@ -255,15 +251,15 @@ def test_configs_are_compared_by_one_recipe(data, tmp_path):
     [
         ([], {}),
         (['coco'], {}),
-        (['bccd'], dict(SIZE='small')),
+        (['bccd'], dict(LENGTH='small')),
         (['bccd'], dict(START='imagenet')),
-        (['bccd'], dict(START='in1k', SIZE='half')),  # the weights are of full size
+        (['bccd'], dict(START='in1k', LENGTH='short')),
     ],
 )
 def test_script_explains_itself(arguments, env, tmp_path):
     result = run_script(tmp_path, *arguments, **env)
     assert (result.returncode, result.stdout) == (2, '')
-    assert result.stderr.startswith('usage: [START=scratch|in1k] [SIZE=half|full]')
+    assert result.stderr.startswith('usage: [START=scratch|in1k] [LENGTH=short|full]')
 
 
 @pytest.mark.parametrize('data', ['bccd', 'camvid'])
@@ -282,7 +278,7 @@ def test_comparison_from_imagenet_weights(data, tmp_path):
 
 
 def test_full_size_is_the_configs_as_they_stand(tmp_path):
-    result = run_script(tmp_path, 'camvid', SIZE='full', SEEDS='7')
+    result = run_script(tmp_path, 'camvid', LENGTH='full', SEEDS='7')
     train, compare = result.stdout.splitlines()
     assert train.split('\037')[-5:-1] == [
         *('--seed', '7', '--work-dir', 'work_dirs/camvid-full/7')
