@@ -45,7 +45,7 @@ mmcv: setup  ## compile mmcv with all its operators, in place of mmcv-lite (20 C
 	PATH="$(abspath $(VENV))/bin:$$PATH" CFLAGS='-O2 -g0' $(INSTALL) --no-build-isolation --no-deps --no-cache-dir mmcv==2.1.0
 	@$(MAKE) setup
 
-demo: setup  ## train and evaluate a small RedNet detector on CPU (about 6 minutes)
+demo: setup  ## train and evaluate a small RedNet detector on CPU (3 to 7 minutes)
 	@$(RUN) tools/demo.py
 
 test: setup  ## run the tests, on up to four cores
