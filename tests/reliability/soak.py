@@ -194,16 +194,8 @@ def fill_often(folder: Path, whole: Path, times: int) -> str:
 
 def start_two(folder: Path) -> subprocess.Popen:
     """Train in two processes, or go on; the process is torchrun."""
-    folder.mkdir(exist_ok=True)
-    here = Path(__file__).parent
     return subprocess.Popen(
-        [
-            *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
-            *('--nproc_per_node=2', here.parents[1] / 'tools' / 'train.py'),
-            *(toy.for_two(folder, train_cfg__max_iters=LENGTH), '--resume'),
-            *('--launcher', 'pytorch'),
-        ],
-        env={**os.environ, 'PYTHONPATH': f'{here}{os.pathsep}{here.parents[1]}'},
+        **toy.for_two(folder, train_cfg__max_iters=LENGTH),
         stdout=(folder / 'log').open('w'),
         stderr=subprocess.STDOUT,
     )

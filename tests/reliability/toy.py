@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -105,17 +106,29 @@ class Killed(Hook):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def for_two(folder: Path, **changes: Any) -> Path:
-    """Write a config of 20 iterations that saves after each; its file.
+def for_two(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Write a config of 20 iterations that saves after each.
 
-    For the command ``train``, with this folder in ``PYTHONPATH``.
+    Returns:
+        Arguments of ``subprocess`` for the command ``train`` in two processes, as
+        torchrun starts them. It resumes what there is in the folder.
     """
+    folder.mkdir(exist_ok=True)
     cfg = config(folder, by_epoch=False, **changes)
     cfg.custom_imports = dict(imports=['toy'], allow_failed_imports=False)
     cfg.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=2)
     file = folder / 'two.py'
     cfg.dump(file)
-    return file
+    here = Path(__file__).parent
+    root = here.parents[1]
+    return dict(
+        args=[
+            *(sys.executable, '-m', 'torch.distributed.run', '--standalone'),
+            *('--nproc_per_node=2', root / 'tools' / 'train.py', file),
+            *('--launcher', 'pytorch', '--resume'),
+        ],
+        env={**os.environ, 'PYTHONPATH': f'{here}{os.pathsep}{root}'},
+    )
 
 
 def config(work_dir: Path, by_epoch: bool = True, **changes: Any) -> Config:
