@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
@@ -72,6 +73,35 @@ class SeededBatch(list):
         return type(self), (self[:], self.key)
 
 
+class SeekableSampler(InfiniteSampler):
+    """MMEngine's ``InfiniteSampler`` that begins anywhere, in the same time.
+
+    Each pass over the data has an order of its own, from the seed and the number of the
+    pass; ``InfiniteSampler`` draws one order after another from one generator, and
+    would draw all earlier ones again.
+
+    Args:
+        sampler (InfiniteSampler): Its data, whether it shuffles, and its seed.
+    """
+
+    def __init__(self, sampler: InfiniteSampler) -> None:
+        super().__init__(sampler.dataset, sampler.shuffle, sampler.seed)
+        self.start = 0  # of the samples of this process
+
+    def __iter__(self) -> Iterator[int]:
+        drawn, order = None, range(self.size)
+        for place in itertools.count(
+            self.rank + self.start * self.world_size, self.world_size
+        ):
+            number, index = divmod(place, self.size)
+            if self.shuffle and number != drawn:
+                seed = _seeds((ORDER, self.seed, 0, number))[2]
+                generator = torch.Generator().manual_seed(seed)
+                order = torch.randperm(self.size, generator=generator).tolist()
+                drawn = number
+            yield order[index]
+
+
 class SeekableLoader(DataLoader):
     """A ``DataLoader`` that can begin in the middle, reading nothing before that.
 
@@ -87,9 +117,12 @@ class SeekableLoader(DataLoader):
         if loader.batch_size is None:
             batches = dict(batch_sampler=loader.batch_sampler)
         else:
+            sampler = loader.sampler
+            if type(sampler) is InfiniteSampler:
+                sampler = SeekableSampler(sampler)
             batches = dict(
                 batch_size=loader.batch_size,
-                sampler=loader.sampler,
+                sampler=sampler,
                 drop_last=loader.drop_last,
             )
         workers = (
@@ -152,6 +185,9 @@ class _Order:
     def __iter__(self) -> Iterator[SeededBatch]:
         loader, rank = self.loader, get_rank()
         start, skip, loader.skip = loader.start, loader.skip, 0
+        if isinstance(sampler := loader.sampler, SeekableSampler):
+            sampler.start = skip * loader.batch_size
+            skip = 0
         batches = self._batches(loader.seed, rank, start - skip)
         numbered = enumerate(itertools.islice(batches, skip, None), start)
         for number, batch in numbered:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmcls_involution.engine.loops import (  # noqa: E402
     DATA,
     SeededBatch,
     SeekableLoader,
+    SeekableSampler,
     own_random_numbers,
 )
 
@@ -217,3 +219,44 @@ def test_any_order_from_the_middle(endless):
     loader.seek(7, 23, 3)
     part = [batch.tolist() for batch, _ in zip(loader, range(9), strict=False)]
     assert part == whole[3:]
+
+
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_endless_sampler(shuffle, monkeypatch):
+    """Two processes have all samples in each pass, and begin anywhere alike."""
+    from mmengine.dataset import InfiniteSampler
+
+    def indices(rank, start, count):
+        monkeypatch.setattr('mmengine.dataset.sampler.get_dist_info', lambda: (rank, 2))
+        sampler = SeekableSampler(InfiniteSampler(range(7), shuffle, seed=4))
+        sampler.start = start
+        return list(itertools.islice(sampler, count))
+
+    whole = [indices(rank, 0, 21) for rank in range(2)]
+    together = [index for pair in zip(*whole, strict=True) for index in pair]
+    passes = [together[7 * i : 7 * i + 7] for i in range(6)]
+    assert all(sorted(order) == list(range(7)) for order in passes)
+    assert len({*map(tuple, passes)}) == (6 if shuffle else 1)
+    for start in (1, 4, 10):
+        assert [indices(rank, start, 9) for rank in range(2)] == [
+            order[start : start + 9] for order in whole
+        ]
+
+
+def test_endless_order_is_not_drawn_again(train, tmp_path, monkeypatch):
+    """Resumed late, the sampler draws the order that it is in, and no other."""
+    cfg = toy.config(tmp_path / 'a', by_epoch=False, train_cfg__max_iters=5)
+    train(cfg)
+    file = tmp_path / 'late.pth'
+    content = torch.load(tmp_path / 'a' / 'iter_5.pth', weights_only=True)
+    content['meta']['iter'] = content['place']['skip'] = 10_003
+    torch.save(content, file)
+    drawn = []
+    permute = torch.randperm
+    monkeypatch.setattr(
+        torch, 'randperm', lambda *a, **k: drawn.append(a) or permute(*a, **k)
+    )
+    cfg = toy.config(tmp_path / 'b', by_epoch=False, train_cfg__max_iters=10_004)
+    cfg.resume, cfg.load_from = True, str(file)
+    assert train(cfg).iter == 10_004
+    assert len(drawn) == 1
