@@ -31,6 +31,7 @@ exclude_patterns = ['.*', 'build', 'data', 'work_dirs', 'tests', 'mmcls_involuti
 
 extensions = ['myst_parser', 'sphinx.ext.autodoc', 'sphinx.ext.napoleon']
 myst_heading_anchors = 3
+myst_enable_extensions = ['html_image']  # the README's pictures have widths
 
 autodoc_typehints = 'none'  # docstrings have them, with shapes
 napoleon_google_docstring = True
@@ -47,7 +48,9 @@ def begin_with_readme(app: Sphinx, name: str, source: list[str]) -> None:
     """Put the README before the table of contents; its links are from the root."""
     if name == root_doc:
         readme = (ROOT / 'README.md').read_text(encoding='utf-8')
-        source[0] = re.sub(r'\]\((?!https?:|#)', '](../', readme) + source[0]
+        source[0] = (
+            re.sub(r'(\]\(|<img src=")(?!https?:|#)', r'\1../', readme) + source[0]
+        )
 
 
 def write_inline(translator, node: nodes.math) -> None:

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -376,6 +377,7 @@ def found_by_child() -> Iterator[Found]:
                 errors='replace',
             )
             timer = threading.Timer(TIMEOUT_SECONDS, process.kill)
+            ends = time.monotonic() + TIMEOUT_SECONDS
             timer.start()
             try:
                 for line in process.stdout:
@@ -391,11 +393,17 @@ def found_by_child() -> Iterator[Found]:
                 return
             stderr.seek(0)
             said = stderr.read().strip().splitlines()
+        done += 1
+        if time.monotonic() >= ends:
+            slow = (
+                f'no answer after {TIMEOUT_SECONDS} s: the machine was busy, or hangs'
+            )
+            yield Found(FAIL, slow, 'run the doctor again when less else runs')
+            continue
         code = process.returncode
         how = signal.Signals(-code).name if code < 0 else f'exit code {code}'
         last = f'; last words: {said[-1][:200]}' if said else ''
         yield Found(FAIL, f'the check ended the interpreter ({how}){last}', MEND)
-        done += 1
 
 
 def main() -> int:

@@ -85,7 +85,7 @@ def slug(title: str) -> str:
 
 @every_page
 def test_links_lead_somewhere(page):
-    for link in re.findall(r'\]\(([^)]+)\)', page.read_text()):
+    for link in re.findall(r'(?:\]\(|<img src=")([^)"]+)[)"]', page.read_text()):
         if re.match('https?://', link):
             continue
         name, _, anchor = link.partition('#')
@@ -236,3 +236,5 @@ def test_site_is_built_without_a_warning(tmp_path):
             r'<(?:script|link|img)[^>]+(?:src|href)="http', file.read_text()
         )
         assert not loads, file
+        for picture in re.findall(r'<img[^>]+src="([^":]+)"', file.read_text()):
+            assert (file.parent / picture).is_file(), f'{file}: {picture}'

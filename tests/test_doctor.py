@@ -76,6 +76,13 @@ def test_broken_libraries_are_named_with_their_fixes(tmp_path):
     assert rows['involution'][0] == rows['mmcv version'][0] == OK
 
 
+def test_a_check_that_takes_too_long_is_not_taken_for_a_broken_library(monkeypatch):
+    monkeypatch.setattr(doctor, 'TIMEOUT_SECONDS', 0.01)
+    monkeypatch.setattr(doctor, 'CHECKS', {'slow': ()})
+    (found,) = doctor.found_by_child()
+    assert found.status == FAIL and 'no answer after 0.01 s' in found.detail
+
+
 def test_torch_alone(tmp_path):
     """Nothing but torch: the operator works, the rest is named."""
     venv.create(tmp_path / 'env', with_pip=False, symlinks=True)

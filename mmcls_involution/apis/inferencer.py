@@ -114,7 +114,7 @@ def build_inferencer(
         name, hub = find_config(str(config))
         cfg, weights = read_config(name), weights or hub
     weights = weights or cfg.get('load_from')
-    check_checkpoint(weights, '--weights')
+    check_checkpoint(weights, 'checkpoint')
     scope = cfg.get('default_scope')
     if scope not in VISUALIZERS:
         raise UserError(
@@ -158,8 +158,8 @@ def _load(model: Any, weights: str | None, name: str) -> dict[str, Any]:
     """Load the weights; give what the checkpoint says of classes and colours."""
     if weights is None:
         print_log(
-            f'No weights for {name}: the model is as training starts, from the '
-            "backbone's weights or from random ones. --weights names a checkpoint.",
+            f'No checkpoint for {name}: the model is as training starts, from the '
+            "backbone's weights or from random ones.",
             logger='current',
             level=30,
         )

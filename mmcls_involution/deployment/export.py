@@ -12,7 +12,8 @@ The file takes normalized images [N, 3, H, W], float32, and gives
 
 Before the command says done it runs the file, at several odd sizes if it is --dynamic,
 and compares every output with PyTorch's: 1e-5 of the largest value is allowed.
-Classes, mean, std and the order of the channels are in the file's metadata.
+Classes, mean, std and the order of the channels are in the file's metadata; of pt2
+they are its extra files.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
 
 TOLERANCE = 1e-5  # of the largest value of an output
+# What torch's exporters write; below 13 ONNX lacks what involution needs.
+OPSETS = {'torchscript': (13, 20), 'dynamo': (18, 23)}
 OPERATORS = {
     'involution2d': (2, 'Involution2d'),
     'fused_involution2d': (4, 'FusedInvolution2d'),
@@ -80,6 +83,9 @@ def export_onnx(
         exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two.
         operator (str): ``'standard'``, or ``'custom'`` for this package's own, which
             :func:`register_custom_operators` makes known to ONNX Runtime.
+
+    Raises:
+        UserError: If torch cannot write the model.
     """
     with torch.no_grad():
         names = model.names(model(image))
@@ -102,7 +108,14 @@ def export_onnx(
             }
     with warnings.catch_warnings(), _operators(operator, opset):
         warnings.simplefilter('ignore')  # of tracing: what came out is compared
-        torch.onnx.export(model, (image,), str(file), **options)
+        try:
+            torch.onnx.export(model, (image,), str(file), **options)
+        except RuntimeError as error:  # torch.onnx's own are such too
+            raise UserError(
+                f'torch cannot write this model by --exporter {exporter} in opset '
+                f'{opset}: {str(error).strip().splitlines()[0]} Another --opset or '
+                '--exporter may do, or --format pt2.'
+            ) from error
 
 
 @contextmanager
@@ -141,7 +154,13 @@ def _operators(operator: str, opset: int) -> Iterator[None]:
 
 
 def export_pt2(
-    model: Exported, image: Tensor, file: Path, *, dynamic: bool, decompose: bool
+    model: Exported,
+    image: Tensor,
+    file: Path,
+    *,
+    dynamic: bool,
+    decompose: bool,
+    about: dict[str, str] | None = None,
 ) -> None:
     """Write a model for ``torch.export.load``.
 
@@ -149,6 +168,7 @@ def export_pt2(
         model, image, file, dynamic: See :func:`export_onnx`.
         decompose (bool): Into torch's own operators; else involution stays one, and who
             loads the file imports ``mmcls_involution.ops`` first.
+        about (dict[str, str], optional): Extra files of the archive. Defaults to None.
     """
     shapes = None
     if dynamic:
@@ -168,16 +188,19 @@ def export_pt2(
                 ),
             }
         )
-    torch.export.save(program, file)
+    torch.export.save(program, file, extra_files=about)
 
 
-def load(file: Path, form: str, threads: int = 0) -> Callable[[Tensor], list[Tensor]]:
+def load(
+    file: Path, form: str, threads: int = 0, operator: str = 'standard'
+) -> Callable[[Tensor], list[Tensor]]:
     """A function that runs an exported file.
 
     Args:
         file (Path): From :func:`export_onnx` or :func:`export_pt2`.
         form (str): ``'onnx'`` or ``'pt2'``.
         threads (int): Of ONNX Runtime; 0 for its default. Defaults to 0.
+        operator (str): See :func:`export_onnx`.
     """
     if form == 'pt2':
         module = torch.export.load(file).module()
@@ -192,7 +215,8 @@ def load(file: Path, form: str, threads: int = 0) -> Callable[[Tensor], list[Ten
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.intra_op_num_threads = threads
-    register_custom_operators(options)
+    if operator == 'custom':
+        register_custom_operators(options)
     session = onnxruntime.InferenceSession(
         str(file), options, providers=['CPUExecutionProvider']
     )
@@ -228,7 +252,9 @@ def compare(
                     f'The exported model gives {name} {list(theirs.shape)} for an '
                     f'image {list(shape)}, PyTorch {list(ours.shape)}.'
                 )
-            difference = (ours - theirs).abs().max() / ours.abs().max()
+            # A map of zeros has no scale.
+            scale = ours.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
+            difference = (ours - theirs).abs().max() / scale
             worst = max(worst, difference.item())
             if not difference <= TOLERANCE:  # NaN too
                 raise UserError(
@@ -239,8 +265,10 @@ def compare(
     return worst
 
 
-def metadata(model: torch.nn.Module, classes: Any, size: Sequence[int]) -> dict:
-    """What who runs the file has to know of images and classes."""
+def metadata(
+    model: torch.nn.Module, classes: Any, size: Sequence[int]
+) -> dict[str, str]:
+    """What who runs the file has to know of images and classes, each as JSON."""
     preprocessor = model.data_preprocessor
     swaps = getattr(preprocessor, 'to_rgb', False) or getattr(
         preprocessor, '_channel_conversion', False
@@ -253,7 +281,7 @@ def metadata(model: torch.nn.Module, classes: Any, size: Sequence[int]) -> dict:
     for key in ('mean', 'std'):
         values = getattr(preprocessor, key, None)
         found[key] = None if values is None else values.flatten().tolist()
-    return found
+    return {key: json.dumps(value) for key, value in found.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -298,14 +326,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``export``."""
-    if args.format == 'onnx':
-        needed = ['onnx', 'onnxruntime']
-        need(*needed, *(['onnxscript'] if args.exporter == 'dynamo' else []))
-        if args.exporter == 'dynamo' and args.operator == 'custom':
-            raise UserError('--operator custom needs --exporter torchscript.')
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise UserError(f'--out: the folder {out.parent} does not exist.')
+    _check(args, out)
     inferencer = build_inferencer(args.config, args.checkpoint, 'cpu')
     toolbox_model = inferencer.model
     shape = args.shape or SHAPES[inferencer.cfg.default_scope]
@@ -327,17 +349,20 @@ def main(args: argparse.Namespace) -> None:
             _add_metadata(partial, about)
         else:
             decompose = args.operator == 'standard'
-            kept = dict(dynamic=args.dynamic, decompose=decompose)
+            kept = dict(dynamic=args.dynamic, decompose=decompose, about=about)
             export_pt2(model, image, partial, **kept)
         shapes = [tuple(image.shape)]
         if args.dynamic:
             height, width = shape
             shapes += [
-                (1, 3, height // 2 * 2 + 1, width // 2 * 2 - 1),
+                (1, 3, height // 2 * 2 + 1, max(width // 2 * 2 - 1, 1)),
                 (3, 3, height // 4 * 2 + 1, width // 2 + 7),
-                (1, 3, height - 1, width // 4 * 2 + 3),
+                (1, 3, max(height - 1, 1), width // 4 * 2 + 3),
             ]
-        worst = compare(model, load(partial, args.format), shapes)
+        # Not with the model as it was written, in which batch norms are folded.
+        reference = Exported(toolbox_model, args.backbone, fold=False)
+        run = load(partial, args.format, operator=args.operator)
+        worst = compare(reference, run, shapes)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
@@ -347,11 +372,39 @@ def main(args: argparse.Namespace) -> None:
     )
 
 
-def _add_metadata(file: Path, about: dict) -> None:
+def _check(args: argparse.Namespace, out: Path) -> None:
+    """Refuse what cannot work, before anything is built."""
+    if args.format == 'onnx':
+        custom = args.operator == 'custom'
+        dynamo = args.exporter == 'dynamo'
+        need('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else []))
+        if dynamo and custom:
+            raise UserError('--operator custom needs --exporter torchscript.')
+        lowest, highest = OPSETS[args.exporter]
+        if not lowest <= args.opset <= highest:
+            raise UserError(
+                f'--opset {args.opset}: --exporter {args.exporter} writes {lowest} to '
+                f'{highest}.'
+            )
+        if custom:
+            import onnxruntime
+
+            register_custom_operators(onnxruntime.SessionOptions())
+    if not out.name or out.is_dir():
+        raise UserError(f'--out: {args.out!r} is a folder; name the file to write.')
+    if not out.parent.is_dir():
+        raise UserError(f'--out: the folder {out.parent} does not exist.')
+    if not os.access(out.parent, os.W_OK):
+        raise UserError(f'--out: nothing can be written into the folder {out.parent}.')
+    if args.shape and min(args.shape) < 1:
+        raise UserError('--shape: HEIGHT and WIDTH are pixels, at least 1 of each.')
+
+
+def _add_metadata(file: Path, about: dict[str, str]) -> None:
     import onnx
 
     proto = onnx.load(file)
     for key, value in about.items():
         entry = proto.metadata_props.add()
-        entry.key, entry.value = key, json.dumps(value)
+        entry.key, entry.value = key, value
     onnx.save(proto, file)

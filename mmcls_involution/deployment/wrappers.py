@@ -18,18 +18,26 @@ class Exported(nn.Module):
     Args:
         model (nn.Module): Of a toolbox; a copy of it is changed.
         backbone (bool): Take its backbone alone. Defaults to False.
+        fold (bool): Fold batch norms into convolutions and replace what does not
+            export; without, the model is what an export is compared with. Defaults to
+            True.
     """
 
-    def __init__(self, model: nn.Module, backbone: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, backbone: bool = False, fold: bool = True
+    ) -> None:
         super().__init__()
         model = copy.deepcopy(model)
         model.eval()  # MMPretrain's returns None
         model.requires_grad_(False)
-        model = _replace_layers(fuse_conv_bn(model))
+        if fold:
+            model = _replace_layers(fuse_conv_bn(model))
         self.model = model.backbone if backbone else model
         if backbone:
             self.kind = 'backbone'
-        elif hasattr(model, 'decode_head'):
+        elif hasattr(model, 'decode_head') and not isinstance(
+            model.decode_head, nn.ModuleList
+        ):  # else a cascade
             self.kind = 'segmenter'
         elif hasattr(model, 'rpn_head') or hasattr(model, 'bbox_head'):
             self.kind = 'detector'
@@ -56,11 +64,17 @@ class Exported(nn.Module):
             return (
                 F.interpolate(logits, size, mode='bilinear', align_corners=corners),
             )
-        if hasattr(self.model, 'rpn_head'):
-            scores, boxes = self.model.rpn_head(features)
-            return (*features, *scores, *boxes)
-        scores, boxes = self.model.bbox_head(features)
-        return (*scores, *boxes)
+        two_stages = hasattr(self.model, 'rpn_head')
+        head = self.model.rpn_head if two_stages else self.model.bbox_head
+        maps = head(features)
+        if len(maps) != 2:
+            raise UserError(
+                f'{type(head).__name__} gives {len(maps)} kinds of maps. Detectors '
+                'whose head gives two, scores and boxes, are exported; of others '
+                '--backbone exports the backbone.'
+            )
+        scores, boxes = maps
+        return (*features, *scores, *boxes) if two_stages else (*scores, *boxes)
 
     def names(self, outputs: tuple[Tensor, ...]) -> list[str]:
         """Names of the outputs, given the outputs."""

@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,11 +44,25 @@ def slim(config: str, **changes) -> nn.Module:
     return model
 
 
-def check(model: Exported, file: Path, operator: str = 'standard') -> None:
+def check(model: nn.Module, file: Path, operator: str = 'standard', **kept) -> None:
     image = torch.randn(2, 3, 70, 83)
-    export.export_onnx(model, image, file, dynamic=True, operator=operator)
-    run = export.load(file, 'onnx', threads=1)
-    assert export.compare(model, run, [tuple(image.shape), *OTHERS]) <= 1e-5
+    exported = Exported(model, **kept)
+    export.export_onnx(exported, image, file, dynamic=True, operator=operator)
+    run = export.load(file, 'onnx', threads=1, operator=operator)
+    reference = Exported(model, fold=False, **kept)
+    assert export.compare(reference, run, [tuple(image.shape), *OTHERS]) <= 1e-5
+
+
+def command(monkeypatch, model: nn.Module, *arguments: str | Path) -> None:
+    """Run the command on a model, in place of that of a config."""
+    model.data_preprocessor = nn.Module()
+    cfg = SimpleNamespace(default_scope='mmpretrain')
+    inferencer = SimpleNamespace(model=model, cfg=cfg, classes=['a', 'b'])
+    monkeypatch.setattr(export, 'build_inferencer', lambda *rest: inferencer)
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    options = ['--backbone', '--shape', '5', '7']
+    export.main(parser.parse_args(['CONFIG', *options, *map(str, arguments)]))
 
 
 @needs_onnx
@@ -57,10 +72,8 @@ def test_backbone_of_any_size(operator, tmp_path):
 
     if operator == 'custom' and BACKENDS['native'].kernels._library() is None:
         pytest.skip('the C++ kernels were not built')
-    model = Exported(
-        slim('imagenet/rednet26_64xb32-warmup-coslr_in1k.py'), backbone=True
-    )
-    check(model, tmp_path / 'model.onnx', operator)
+    model = slim('imagenet/rednet26_64xb32-warmup-coslr_in1k.py')
+    check(model, tmp_path / 'model.onnx', operator, backbone=True)
     nodes = onnx.load(tmp_path / 'model.onnx').graph.node
     domains = {node.domain for node in nodes}
     assert ('mmcls_involution' in domains) == (operator == 'custom')
@@ -113,7 +126,7 @@ def test_semantic_fpn(tmp_path):
         'model.decode_head.norm_cfg.type': 'BN',
     }
     name = 'cityscapes/fpn-inv_rednet50_4xb2-80k_cityscapes-512x1024.py'
-    check(Exported(slim(name, **changes)), tmp_path / 'model.onnx')
+    check(slim(name, **changes), tmp_path / 'model.onnx')
 
 
 @needs_onnx
@@ -125,7 +138,7 @@ def test_upernet(tmp_path):
         'model.auxiliary_head': None,
     }
     name = 'cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024.py'
-    check(Exported(slim(name, **changes)), tmp_path / 'model.onnx')
+    check(slim(name, **changes), tmp_path / 'model.onnx')
 
 
 @needs_onnx
@@ -136,8 +149,7 @@ def test_detectors_and_their_boxes(name, tmp_path):
     detector.eval()
     head = detector.bbox_head if name == 'retinanet' else detector.roi_head
     head.test_cfg.score_thr = 0.0  # what is not trained is sure of nothing
-    model = Exported(detector)
-    check(model, tmp_path / 'model.onnx')
+    check(detector, tmp_path / 'model.onnx')
     image = torch.randn(1, 3, 96, 128)
     outputs = export.load(tmp_path / 'model.onnx', 'onnx', threads=1)(image)
     (found,) = detections(detector, outputs, (96, 128))
@@ -188,6 +200,108 @@ def test_command_writes_classes_and_preprocessing(tmp_path):
     assert about['mean'] == pytest.approx([123.675, 116.28, 103.53])
     assert len(about['classes']) == 1000 and session.get_inputs()[0].name == 'image'
     assert not (tmp_path / '.model.onnx').exists()
+
+
+class _Norms(nn.Module):
+    """One convolution before either of two norms, as RetinaSepBNHead has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        convolution = nn.Conv2d(3, 4, 1)
+        self.paths = nn.ModuleList(
+            nn.Sequential(convolution, nn.BatchNorm2d(4)) for _ in range(2)
+        )
+        for path in self.paths:
+            path[1].running_var.uniform_(2, 3)
+
+    def forward(self, x):
+        return tuple(path(x) for path in self.paths)
+
+
+def test_command_compares_with_the_model_as_it_was(monkeypatch, tmp_path):
+    """MMCV folds the second norm into what the first was folded into."""
+    out = tmp_path / 'model.pt2'
+    model = nn.ModuleDict({'backbone': _Norms()})
+    with pytest.raises(UserError, match='differs from PyTorch: feature0'):
+        command(monkeypatch, model, '--out', out, '--format', 'pt2')
+    assert not list(tmp_path.iterdir())
+
+
+def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
+    out = tmp_path / 'model.pt2'
+    model = nn.ModuleDict({'backbone': _Tuple(nn.Conv2d(3, 4, 1))})
+    command(monkeypatch, model, '--out', out, '--format', 'pt2')
+    about = {'classes': '', 'size': ''}
+    torch.export.load(out, extra_files=about)
+    assert json.loads(about['classes']) == ['a', 'b']
+    assert json.loads(about['size']) == [5, 7]
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['--shape', '0', '7'], '--shape: .* at least 1'),
+        (['--opset', '12'], '--opset 12: --exporter torchscript writes 13 to 20'),
+        (['--opset', '24'], '--opset 24: --exporter torchscript writes 13 to 20'),
+        (['--out', ''], "--out: '' is a folder"),
+        (['--out', '.'], "--out: '.' is a folder"),
+        (['--out', 'there'], "--out: 'there' is a folder"),
+        (['--out', 'nowhere/model.onnx'], '--out: the folder nowhere does not exist'),
+    ],
+)
+def test_what_cannot_work_is_refused_first(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    Path('there').mkdir()
+    model = nn.ModuleDict()  # nothing is asked of it
+    with pytest.raises(UserError, match=message):
+        command(monkeypatch, model, '--out', 'model.onnx', *arguments)
+
+
+@needs_onnx
+def test_only_custom_operators_need_the_kernels(monkeypatch, tmp_path):
+    def missing(options):
+        raise UserError('The C++ kernels of involution were not built')
+
+    monkeypatch.setattr(export, 'register_custom_operators', missing)
+    out = tmp_path / 'model.onnx'
+    model = nn.ModuleDict({'backbone': _Tuple(nn.Conv2d(3, 4, 1))})
+    command(monkeypatch, model, '--out', out)
+    assert out.is_file()
+    with pytest.raises(UserError, match='were not built'):
+        command(monkeypatch, nn.ModuleDict(), '--out', out, '--operator', 'custom')
+
+
+@needs_onnx
+def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
+    class Unknown(nn.Module):
+        def forward(self, x):
+            return (torch.linalg.lu(x)[0],)
+
+    model = Exported(nn.ModuleDict({'backbone': Unknown()}), backbone=True)
+    with pytest.raises(UserError, match='torch cannot write this model by .*linalg'):
+        export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
+
+
+def test_other_heads_are_refused():
+    class Head(nn.Module):
+        def forward(self, features):
+            return features, features, features  # the third may be how central it is
+
+    model = nn.ModuleDict({'bbox_head': Head()})
+    model.extract_feat = lambda image: (image,)
+    with pytest.raises(UserError, match='Head gives 3 kinds of maps'):
+        Exported(model)(torch.randn(1, 3, 4, 4))
+    cascade = nn.ModuleDict({'decode_head': nn.ModuleList()})
+    with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
+        Exported(cascade)
+
+
+def test_zeros_equal_zeros():
+    layer = _Tuple(nn.Conv2d(3, 4, 1, bias=False))
+    model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
+    nn.init.zeros_(model.model.layer.weight)
+    assert export.compare(model, model, [(1, 3, 5, 7)]) == 0
 
 
 def test_a_file_that_differs_is_refused():

@@ -85,7 +85,7 @@ def _write_onnx(
     _need('onnx', 'onnxruntime')
     file = folder / f'{operator}.onnx'
     export.export_onnx(model, image, file, operator=operator)
-    return export.load(file, 'onnx', threads)
+    return export.load(file, 'onnx', threads, operator)
 
 
 def _openvino(model: Exported, image: Tensor, folder: Path, threads: int) -> Run:
