@@ -23,7 +23,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmcls_involution.data import images, segmentation
-from mmcls_involution.data.rules import Finding
+from mmcls_involution.data.rules import Finding, printable
 from mmcls_involution.engine.errors import UserError
 
 ALL = 'tools/check_dataset.py with this config looks through all data.'
@@ -83,7 +83,7 @@ class BadSamples:
     @property
     def messages(self) -> list[str]:
         """What is wrong with each, once."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = self.file.read_text('utf-8').splitlines() if self.file.exists() else []
         return [*dict.fromkeys(lines)]
 
     def add(self, message: str) -> None:
@@ -92,18 +92,22 @@ class BadSamples:
         Raises:
             UserError: If it is one too many; it says which ones there are.
         """
+        message = printable(message)
         known = self.messages
-        found = [*dict.fromkeys([*known, message])]
+        new = message not in known
+        found = [*known, message] if new else known
+        if new and len(found) <= self.limit:
+            with self.file.open('a', encoding='utf-8') as file:
+                file.write(f'{message}\n')
+            found = self.messages  # other processes may have met others since
         if len(found) > self.limit:
             earlier = f' {len(known)} before it: {self.file}.' if known else ''
             raise UserError(
                 f'{message}{earlier} {ALL} To pass over such samples, up to N of '
                 f'them: --max-bad-samples N (now {self.limit}).'
             )
-        if len(found) == len(known):
+        if not new:
             return
-        with self.file.open('a') as file:
-            file.write(f'{message}\n')
         print_log(
             f'Bad sample {len(found)} of at most {self.limit}, another one takes its '
             f'place: {message}',

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,7 +17,7 @@ pytest.importorskip('mmengine')
 
 import bad_data  # noqa: E402
 
-from mmcls_involution.data import segmentation  # noqa: E402
+from mmcls_involution.data import images, segmentation  # noqa: E402
 from mmcls_involution.engine import samples  # noqa: E402
 
 LIBRARIES = dict(detector='mmdet', segmenter='mmseg')
@@ -70,6 +71,10 @@ IMAGES = {
     'huge': (lambda file: bad_data.png_that_says(10**5, 10**5, file), 'undecodable'),
     'turned': (turned, 'size'),
     'a folder': (lambda file: (file.unlink(), file.mkdir()), 'missing'),
+    'a link to nothing': (
+        lambda file: (file.unlink(), file.symlink_to('nothing')),
+        'missing',
+    ),
 }
 
 
@@ -87,6 +92,54 @@ def test_image(name, coco, run, checked, tmp_path):
     assert run('train', 'detector', *flags) == ''
     (line,) = (tmp_path / 'b' / 'bad_samples.txt').read_text().splitlines()
     assert line.startswith(f'{coco / "1.png"}: ')
+
+
+def test_names_that_no_file_of_text_takes(coco, run, tmp_path, capfd):
+    """One with a line end, one with a byte that is no letter: each is one line."""
+    names = ['0\n1.png', '1\udcff\u2028.png']
+    content = json.loads((coco / 'ann.json').read_text())
+    for i, name in enumerate(names):
+        (coco / f'{i}.png').unlink()
+        (coco / name).write_text('no image')
+        content['images'][i]['file_name'] = name
+    (coco / 'ann.json').write_text(json.dumps(content))
+    shown = [f'{coco}/0\\n1.png', f'{coco}/1\\udcff\\u2028.png']
+    out = tmp_path / 'findings.txt'
+    run('check', 'detector', '--workers', 1, '--out', out)
+    assert [line.split('\t')[2] for line in out.read_text().splitlines()] == shown
+    flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 2]
+    assert run('train', 'detector', *flags) == ''
+    lines = (tmp_path / 'w' / 'bad_samples.txt').read_text().splitlines()
+    assert sorted(line.split(': ')[0] for line in lines) == shown
+    assert 'Logging error' not in ''.join(capfd.readouterr())
+
+
+def test_what_the_system_keeps_from_being_read(tmp_path, monkeypatch):
+    """It is not said to be damaged."""
+    file = tmp_path / 'a.png'
+    Image.new('RGB', (4, 4)).save(file)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(np, 'fromfile', denied)
+    ((finding,), _) = images.check_image(str(file), None)
+    assert finding.message == f'{file}: cannot be read: Permission denied.'
+    monkeypatch.setattr(Image, 'open', denied)
+    ((finding,), _) = segmentation.check_label(str(file), None, None)
+    assert finding.message == f'{file}: cannot be read: Permission denied.'
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tif', 'webp'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_size_of_turned_photos(suffix, orientation, tmp_path):
+    """The header says what the image that is read has."""
+    file, exif = tmp_path / f'a.{suffix}', Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (24, 16)).save(file, exif=exif)
+    expected = images.read_image(file).shape[1::-1]
+    assert images.image_size(str(file)) == expected
+    assert expected == ((24, 16) if orientation < 5 else (16, 24))
 
 
 FORMS = {
