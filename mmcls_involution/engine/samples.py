@@ -32,13 +32,24 @@ UPSTREAM = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
 
 
 class LastBatch(Hook):
-    """Keep the samples that a model is given, for :func:`samples_by_name`."""
+    """For :func:`samples_by_name`: the samples that a model gets, what it trains on.
+
+    Not by ``test_mode``: configs of MMSegmentation do not set it for validation.
+    """
 
     priority = 'VERY_HIGH'
 
     def __init__(self) -> None:
         self.dataset: Any = None
         self.samples: list[Any] = []
+        self.trained_on: list[Any] = []
+
+    def before_train(self, runner: Runner) -> None:
+        self.trained_on = [runner.train_dataloader.dataset]
+        for dataset in self.trained_on:  # it grows by those inside
+            inner = [getattr(dataset, 'dataset', None)]
+            inner += getattr(dataset, 'datasets', None) or []
+            self.trained_on += [part for part in inner if part is not None]
 
     def _keep(self, dataloader: Any, data_batch: Any) -> None:
         self.dataset = dataloader.dataset
@@ -150,9 +161,10 @@ def samples_by_name(runner: Runner, bad: BadSamples | None = None) -> Iterator[N
     @functools.wraps(stock)
     def prepare_data(self: BaseDataset, idx: int) -> Any:
         cause = None
+        trains = bad is not None and any(self is part for part in last.trained_on)
         try:
             data = stock(self, idx)
-            if self.test_mode or bad is None:
+            if not trains:
                 return data
             message = _unfit(self, idx, data, bad.limit > 0, runner.cfg)
             if message is None:
@@ -161,7 +173,7 @@ def samples_by_name(runner: Runner, bad: BadSamples | None = None) -> Iterator[N
             message, cause = _unprepared(self, idx, error, runner.cfg), error
             if message is None:
                 raise
-            if self.test_mode or bad is None:
+            if not trains:
                 raise UserError(f'{message} {ALL}') from error
         bad.add(message)
         # Of this process; where all are bad a data set would search for ever.

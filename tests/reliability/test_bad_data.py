@@ -19,6 +19,7 @@ import bad_data  # noqa: E402
 
 from mmcls_involution.data import images, segmentation  # noqa: E402
 from mmcls_involution.engine import samples  # noqa: E402
+from mmcls_involution.engine.errors import UserError  # noqa: E402
 
 LIBRARIES = dict(detector='mmdet', segmenter='mmseg')
 Run = Callable[..., str]
@@ -267,6 +268,27 @@ def test_labels(name, seg_root, run, checked, tmp_path, monkeypatch):
     assert str(file) in (tmp_path / 'b' / 'bad_samples.txt').read_text()
 
 
+def test_validation_is_never_passed_over(seg_root, run, tmp_path, monkeypatch):
+    """Though the config does not set ``test_mode``, as those of MMSegmentation."""
+    data = shutil.copytree(seg_root, tmp_path / 'data')
+    bad = shutil.copytree(data / 'images', data / 'val') / '1.png'
+    bad.write_text('no image')
+    text = bad_data.CONFIGS['segmenter'].replace('{root}', str(data))
+    text += """
+import copy
+val_dataloader = copy.deepcopy(train_dataloader)
+del copy
+val_dataloader['sampler']['shuffle'] = False
+val_dataloader['dataset']['data_prefix']['img_path'] = 'val'
+val_cfg = dict()
+val_evaluator = dict(type='IoUMetric')
+"""
+    monkeypatch.setitem(bad_data.CONFIGS, 'segmenter', text)
+    flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 9]
+    assert run('train', 'segmenter', *flags).startswith(f'Error: {bad}: cannot be')
+    assert not (tmp_path / 'w' / 'bad_samples.txt').exists()
+
+
 def test_more_than_the_limit(coco, run, tmp_path):
     for i in (0, 2):
         (coco / f'{i}.png').unlink()
@@ -325,3 +347,19 @@ def test_an_error_of_the_program_is_none_of_the_data(coco, run, tmp_path, monkey
     flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 9]
     with pytest.raises(ValueError, match='of the program'):
         run('train', 'detector', *flags)
+
+
+def test_two_processes_meet_one_each(tmp_path, monkeypatch):
+    """At the same moment: neither knows of the other's before it writes."""
+    bad = samples.BadSamples(tmp_path, 1, resumed=False)
+    opened = Path.open
+
+    def after_another(self, mode='r', **kwargs):
+        if mode == 'a':
+            with opened(self, 'a') as file:
+                file.write('of another process\n')
+        return opened(self, mode, **kwargs)
+
+    monkeypatch.setattr(Path, 'open', after_another)
+    with pytest.raises(UserError, match='now 1'):
+        bad.add('of this one')
