@@ -300,7 +300,10 @@ def test_best_one_is_kept_until_a_checkpoint_names_another(
 
 
 def test_a_score_that_there_is_not(train, tmp_path):
-    cases = dict(accuracy="names 'accuracy', .* Did you mean toy/acc", auto='its rule')
+    cases = dict(
+        accuracy="names 'accuracy', .* Did you mean toy/acc",
+        auto='a specific rule must',
+    )
     for wrong, text in cases.items():
         cfg = toy.config(tmp_path / wrong, **toy.VALIDATION)
         cfg.val_evaluator = dict(type='ToyMetric', prefix='toy')
