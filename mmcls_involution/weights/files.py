@@ -103,9 +103,9 @@ def checkpoint_places(
         if not isinstance(hook, dict) or '://' in str(hook.get('out_dir')):
             continue
         own = [hook['filename_tmpl']] if hook.get('filename_tmpl') else []
-        folder = work_dir
-        if hook.get('out_dir'):  # as CheckpointHook has it
-            folder = Path(hook['out_dir'], Path(os.path.abspath(work_dir)).name)
+        folder, own_dir = work_dir, os.path.abspath(work_dir)
+        if hook.get('out_dir') not in (None, own_dir):  # as CheckpointHook has it
+            folder = Path(hook['out_dir'], Path(own_dir).name)
             own = own or ['epoch_{}.pth', 'iter_{}.pth']
         found += [(folder, template) for template in own]
     return found
