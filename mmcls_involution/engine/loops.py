@@ -259,7 +259,8 @@ class _Exact:
         the process that writes.
         """
         if getattr(self.runner.optim_wrapper, '_accumulative_counts', 1) > 1:
-            self.gathered = all_gather_object(self.own_gradients())
+            parts = all_gather_object(self.own_gradients())
+            self.gathered = [] if get_rank() else parts  # the first one writes
 
     def own_gradients(self) -> dict[str, torch.Tensor]:
         """Those of this process, by the names of their parameters."""
