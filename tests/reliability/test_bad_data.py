@@ -274,15 +274,9 @@ def test_validation_is_never_passed_over(seg_root, run, tmp_path, monkeypatch):
     bad = shutil.copytree(data / 'images', data / 'val') / '1.png'
     bad.write_text('no image')
     text = bad_data.CONFIGS['segmenter'].replace('{root}', str(data))
-    text += """
-import copy
-val_dataloader = copy.deepcopy(train_dataloader)
-del copy
-val_dataloader['sampler']['shuffle'] = False
-val_dataloader['dataset']['data_prefix']['img_path'] = 'val'
-val_cfg = dict()
-val_evaluator = dict(type='IoUMetric')
-"""
+    val = text[text.index('train_dataloader') :].replace('train_', 'val_')
+    val = val.replace('shuffle=True', 'shuffle=False').replace("'images'", "'val'")
+    text += f"{val}val_cfg = dict()\nval_evaluator = dict(type='IoUMetric')\n"
     monkeypatch.setitem(bad_data.CONFIGS, 'segmenter', text)
     flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 9]
     assert run('train', 'segmenter', *flags).startswith(f'Error: {bad}: cannot be')
