@@ -403,3 +403,14 @@ def test_damaged_pointers(train, tmp_path):
         assert files.latest_checkpoint(tmp_path).name == 'epoch_4.pth'
     (tmp_path / 'last_checkpoint').write_text('s3://bucket/epoch_9.pth')
     assert files.latest_checkpoint(tmp_path) == 's3://bucket/epoch_9.pth'
+
+
+def test_out_dir_that_is_the_work_dir(tmp_path):
+    """MMEngine puts no folder of its name into it then."""
+    cfg = toy.config(tmp_path)
+    hook = dict(out_dir=str(tmp_path), filename_tmpl='a_{}.pth')
+    cfg.default_hooks.checkpoint.update(hook)
+    for number in (9, 10):
+        torch.save({}, tmp_path / f'a_{number}.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'a_9.pth'))
+    assert files.latest_checkpoint(tmp_path, cfg).name == 'a_10.pth'
