@@ -103,7 +103,7 @@ def read(ann_file: Path) -> Content:
             content.get('annotations', []),
             content['categories'],
         ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise NotCoco(f'{what}: {type(error).__name__}: {error}') from error
     for name, items in zip(('images', 'annotations', 'categories'), lists, strict=True):
         if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):

@@ -12,6 +12,9 @@ from PIL import Image
 
 from mmcls_involution.data.rules import Finding
 
+# What reading a broken image raises.
+BROKEN = OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError
+
 
 def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """Read an image, or say which file is missing or broken.
@@ -85,13 +88,23 @@ def check_image(
             with Image.open(path) as file:
                 file.load()
     except FileNotFoundError:
-        return [Finding('missing image', path, 'does not exist')], None
-    except (OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError):
-        return [Finding('undecodable image', path, 'cannot be decoded')], None
+        detail = 'does not exist'
+        if os.path.lexists(path):
+            detail = 'is a folder' if os.path.isdir(path) else 'is a link to nothing'
+        return [Finding('missing image', path, detail)], None
+    except BROKEN as error:
+        return [Finding('undecodable image', path, why_unread(error))], None
     size = width, height
     if expected in (None, size):
         return [], size
     return [other_size(path, size, expected)], size
+
+
+def why_unread(error: Exception) -> str:
+    """What kept a file from being read: its content, or the system, which says so."""
+    if isinstance(error, OSError) and error.errno:
+        return f'cannot be read: {os.strerror(error.errno)}.'
+    return 'cannot be decoded'
 
 
 def other_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> Finding:
@@ -114,7 +127,9 @@ def image_size(path: str) -> tuple[int, int] | None:
     """
     try:
         with Image.open(path) as file:
+            # Pillow itself has turned the size of a TIFF file.
             turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            turned = turned and file.format != 'TIFF'
             return file.size[::-1] if turned else file.size
     except Exception:  # Pillow raises of damaged files what comes, SyntaxError too
         return None

@@ -209,6 +209,14 @@ _RULES = (
 RULES = {rule.name: rule for rule in _RULES}
 
 
+def printable(text: str) -> str:
+    """Text on one line, in letters that any file takes.
+
+    The name of a file may hold line ends, and bytes that are no letters.
+    """
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 @dataclass(frozen=True)
 class Finding:
     """A place where a rule is broken.
@@ -225,6 +233,10 @@ class Finding:
     place: str
     detail: str = ''
     file: str = ''
+
+    def __post_init__(self) -> None:
+        for name in ('place', 'detail', 'file'):
+            object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
         return f'{self.place}: {self.detail}' if self.detail else self.place

@@ -13,7 +13,7 @@ import numpy as np
 from mmengine.config import Config
 from PIL import Image
 
-from mmcls_involution.data.images import image_size, there, times
+from mmcls_involution.data.images import image_size, there, times, why_unread
 from mmcls_involution.data.rules import Files, Finding
 
 # Labels as Cityscapes' archives hold them; 34 classes, not the 19 that are trained.
@@ -193,7 +193,8 @@ def check_label(
         with Image.open(path) as file:
             label = np.array(file).squeeze()
     except Exception as error:  # Pillow raises whatever a broken file leads to
-        return [Finding('undecodable label', path, str(error))], nothing
+        unread = why_unread(error) if getattr(error, 'errno', None) else str(error)
+        return [Finding('undecodable label', path, unread)], nothing
     if label.ndim != 2:
         detail = f'has the shape {label.shape}: expected one channel of class numbers'
         return [Finding('undecodable label', path, detail)], nothing

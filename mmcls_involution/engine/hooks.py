@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from mmcls_involution.data.rules import printable
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.weights.fit import Fit
 
@@ -76,7 +77,7 @@ class OwnBest(Hook):
 
     @staticmethod
     def _own(hook: CheckpointHook, best: str) -> str:
-        return str(Path(hook.out_dir, Path(best).name))
+        return hook.file_backend.join_path(hook.out_dir, Path(best).name)
 
 
 class LossCheck(Hook):
@@ -163,7 +164,7 @@ class LossCheck(Hook):
             return
         values = ', '.join(f'{key} {value.mean():.4g}' for key, value in losses.items())
         rates = [f'{lr:.3g}' for lr in runner.optim_wrapper.get_lr()['lr']]
-        images = image_names(data_batch)
+        images = [printable(name) for name in image_names(data_batch)]
         what = 'norm of the gradient' if finite else 'loss'
         message = (
             f'The {what} is not finite at iteration {runner.iter + 1}: {values}; '

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import InfiniteSampler
-from mmengine.dist import get_rank, get_world_size
+from mmengine.dist import all_gather_object, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
@@ -241,6 +241,7 @@ class _Exact:
         self.skip = 0
         self.epoch_start = 0
         self.gradients: dict = {}
+        self.gathered: list[dict] = []
         runner.register_hook(_Place(self))
 
     def begin(self) -> None:
@@ -250,6 +251,24 @@ class _Exact:
             if name in self.gradients:
                 parameter.grad = self.gradients[name].to(parameter)
         self.gradients = {}
+
+    def gather(self) -> None:
+        """Bring the gradients that each process has accumulated into a checkpoint.
+
+        All processes call it before one of them writes; without that it has those of
+        the process that writes.
+        """
+        if getattr(self.runner.optim_wrapper, '_accumulative_counts', 1) > 1:
+            parts = all_gather_object(self.own_gradients())
+            self.gathered = [] if get_rank() else parts  # the first one writes
+
+    def own_gradients(self) -> dict[str, torch.Tensor]:
+        """Those of this process, by the names of their parameters."""
+        return {
+            name: parameter.grad.cpu()
+            for name, parameter in self.runner.model.named_parameters()
+            if parameter.grad is not None
+        }
 
     def seed_step(self) -> None:
         """Make the random numbers of a step follow from its number alone.
@@ -282,11 +301,8 @@ class _Place(Hook):
             seeds=[_seed(sampler) for sampler in loop.dataloader.samplers],
         )
         if getattr(runner.optim_wrapper, '_accumulative_counts', 1) > 1:
-            place['gradients'] = {
-                name: parameter.grad.cpu()
-                for name, parameter in runner.model.named_parameters()
-                if parameter.grad is not None
-            }
+            place['gradients'] = loop.gathered or [loop.own_gradients()]
+            loop.gathered = []
         checkpoint['place'] = place
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -317,7 +333,8 @@ class _Place(Hook):
         ):
             if _seed(sampler) is not None and seed is not None:
                 sampler.seed = seed
-        loop.gradients = place.get('gradients', {})
+        parts = place.get('gradients') or [{}]
+        loop.gradients = parts[get_rank() % len(parts)]
         loop.epoch_start = meta['iter'] - loop.skip
 
 

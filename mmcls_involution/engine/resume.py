@@ -58,6 +58,18 @@ def check_resume(cfg: Config) -> None:
             f'Cannot resume {path}: it holds weights, and no state of a training. To '
             f'start from them: no --resume, and --cfg-options load_from={path}'
         )
+    # MMEngine would begin the optimizer and its schedules anew, in the middle.
+    parts = dict(optimizer='optim_wrapper', param_schedulers='param_scheduler')
+    if lacking := [
+        part for part, key in parts.items() if cfg.get(key) and part not in checkpoint
+    ]:
+        raise UserError(
+            f'Cannot resume {path}: it has no {" and no ".join(lacking)}. The best '
+            'checkpoints have none, nor those of a hook with save_optimizer=False or '
+            'save_param_scheduler=False. Name another one, such as epoch_N.pth; or '
+            'start a new training from its weights: another --work-dir, no --resume, '
+            f'and --cfg-options load_from={path}'
+        )
     model_cfg = deepcopy(cfg.model)
     if cfg.get('data_preprocessor'):  # as the Runner does
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)

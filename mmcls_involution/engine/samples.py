@@ -23,7 +23,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from mmcls_involution.data import images, segmentation
-from mmcls_involution.data.rules import Finding
+from mmcls_involution.data.rules import Finding, printable
 from mmcls_involution.engine.errors import UserError
 
 ALL = 'tools/check_dataset.py with this config looks through all data.'
@@ -32,13 +32,24 @@ UPSTREAM = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
 
 
 class LastBatch(Hook):
-    """Keep the samples that a model is given, for :func:`samples_by_name`."""
+    """For :func:`samples_by_name`: the samples that a model gets, what it trains on.
+
+    Not by ``test_mode``: configs of MMSegmentation do not set it for validation.
+    """
 
     priority = 'VERY_HIGH'
 
     def __init__(self) -> None:
         self.dataset: Any = None
         self.samples: list[Any] = []
+        self.trained_on: list[Any] = []
+
+    def before_train(self, runner: Runner) -> None:
+        self.trained_on = [runner.train_dataloader.dataset]
+        for dataset in self.trained_on:  # it grows by those inside
+            inner = [getattr(dataset, 'dataset', None)]
+            inner += getattr(dataset, 'datasets', None) or []
+            self.trained_on += [part for part in inner if part is not None]
 
     def _keep(self, dataloader: Any, data_batch: Any) -> None:
         self.dataset = dataloader.dataset
@@ -83,7 +94,7 @@ class BadSamples:
     @property
     def messages(self) -> list[str]:
         """What is wrong with each, once."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = self.file.read_text('utf-8').splitlines() if self.file.exists() else []
         return [*dict.fromkeys(lines)]
 
     def add(self, message: str) -> None:
@@ -92,18 +103,22 @@ class BadSamples:
         Raises:
             UserError: If it is one too many; it says which ones there are.
         """
+        message = printable(message)
         known = self.messages
-        found = [*dict.fromkeys([*known, message])]
+        new = message not in known
+        found = [*known, message] if new else known
+        if new and len(found) <= self.limit:
+            with self.file.open('a', encoding='utf-8') as file:
+                file.write(f'{message}\n')
+            found = self.messages  # other processes may have met others since
         if len(found) > self.limit:
             earlier = f' {len(known)} before it: {self.file}.' if known else ''
             raise UserError(
                 f'{message}{earlier} {ALL} To pass over such samples, up to N of '
                 f'them: --max-bad-samples N (now {self.limit}).'
             )
-        if len(found) == len(known):
+        if not new:
             return
-        with self.file.open('a') as file:
-            file.write(f'{message}\n')
         print_log(
             f'Bad sample {len(found)} of at most {self.limit}, another one takes its '
             f'place: {message}',
@@ -146,9 +161,10 @@ def samples_by_name(runner: Runner, bad: BadSamples | None = None) -> Iterator[N
     @functools.wraps(stock)
     def prepare_data(self: BaseDataset, idx: int) -> Any:
         cause = None
+        trains = bad is not None and any(self is part for part in last.trained_on)
         try:
             data = stock(self, idx)
-            if self.test_mode or bad is None:
+            if not trains:
                 return data
             message = _unfit(self, idx, data, bad.limit > 0, runner.cfg)
             if message is None:
@@ -157,7 +173,7 @@ def samples_by_name(runner: Runner, bad: BadSamples | None = None) -> Iterator[N
             message, cause = _unprepared(self, idx, error, runner.cfg), error
             if message is None:
                 raise
-            if self.test_mode or bad is None:
+            if not trains:
                 raise UserError(f'{message} {ALL}') from error
         bad.add(message)
         # Of this process; where all are bad a data set would search for ever.

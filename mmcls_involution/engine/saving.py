@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections import deque
 from collections.abc import Callable
@@ -9,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.dist import all_gather_object, is_main_process
+from mmengine.dist import all_gather_object, is_main_process, master_only
+from mmengine.fileio import LocalBackend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
-from mmengine.runner import Runner
+from mmengine.runner import CheckpointLoader, Runner
 
 from mmcls_involution import compat
 from mmcls_involution.engine.config import is_called
-from mmcls_involution.weights.files import put_in_place, write_text
+from mmcls_involution.engine.errors import UserError, did_you_mean
+from mmcls_involution.engine.loops import ExactEpochLoop, ExactIterLoop
+from mmcls_involution.weights.files import put_in_place, save, sha256, write_text
 
 LEAST = 2  # checkpoints that are always kept
 
@@ -55,16 +59,23 @@ class SafeCheckpointHook(CheckpointHook):
         if not isinstance(self.interval, int):  # else the first save finds out
             raise TypeError(f'interval should be an int, got {self.interval!r}')
         self._meta: dict = {}
+        self._process = 0
+        self._outlived: list[str] = []  # best ones that the last checkpoint may name
 
     @property
     def _local(self) -> bool:
-        return '://' not in str(self.out_dir) and not self.file_client_args
+        return isinstance(self.file_backend, LocalBackend)
 
     def before_train(self, runner: Runner) -> None:
         super().before_train(runner)
-        if self._local and is_main_process():
-            for rest in Path(self.out_dir).glob('.*.partial*'):  # of a kill
-                _remove(rest)
+        # Two trainings in one folder do not write to one file; all processes of one do.
+        self._process = all_gather_object(os.getpid())[0]
+        if self._local:
+            named = Path(self.out_dir, self.filename_tmpl).parent
+            folders = {named, Path(self.out_dir), Path(runner.work_dir)}
+            rests = [f for folder in folders for f in folder.glob('.*.partial*')]
+            for rest in rests:  # of a kill
+                self._delete(runner, str(rest))
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # FlexibleRunner counts one epoch too many for those saved after a validation.
@@ -85,7 +96,6 @@ class SafeCheckpointHook(CheckpointHook):
             runner,
             name,
             meta,
-            pointer=Path(runner.work_dir, 'last_checkpoint'),
             save_optimizer=self.save_optimizer,
             save_param_scheduler=self.save_param_scheduler,
             by_epoch=self.by_epoch,
@@ -94,21 +104,52 @@ class SafeCheckpointHook(CheckpointHook):
         if not saved:
             self._set_back(runner, before)
             return
+        pointer = Path(runner.work_dir, 'last_checkpoint')
+        error = _first_error(
+            lambda: is_main_process() and write_text(pointer, self.last_ckpt)
+        )
+        if error is not None:
+            runner.logger.error(
+                f'{name} is saved, but {pointer} cannot be written: {error}. What it '
+                'names is kept'
+            )
+            if self.max_keep_ckpts > 0:  # for the next time
+                self.keep_ckpt_ids = deque([*old, *kept])
+            return
         for step in old:
             path = self.file_backend.join_path(
                 self.out_dir, self.filename_tmpl.format(step)
             )
-            self._delete(runner, path)
+            if path != self.last_ckpt:  # a template may have no number
+                self._delete(runner, path)
+        self._delete_outlived(runner)
+
+    def _delete_outlived(self, runner: Runner) -> None:
+        while self._outlived:
+            self._delete(runner, self._outlived.pop())
 
     def _save_best_checkpoint(self, runner: Runner, metrics: dict) -> None:
         if not self.save_best:
             return
-        if 'auto' in self.key_indicators:
-            self._init_rule(self.rules, [list(metrics)[0]])
+        try:
+            if 'auto' in self.key_indicators:
+                self._init_rule(self.rules, [list(metrics)[0]])
+            absent = [key for key in self.key_indicators if key not in metrics]
+        except ValueError as error:
+            raise UserError(
+                f'save_best: {error} Set rule to greater or less.'
+            ) from error
+        if absent:
+            raise UserError(
+                f'save_best of the checkpoint hook names {absent[0]!r}, and the '
+                f'evaluators give {", ".join(metrics)}.'
+                f'{did_you_mean(absent[0], metrics)} Name one of these; a training '
+                'goes on from its last checkpoint with --resume.'
+            )
         step = runner.epoch if self.by_epoch else runner.iter
         meta = dict(epoch=runner.epoch, iter=runner.iter)
         single = len(self.key_indicators) == 1
-        replaced = []
+        replaced = False
         for key in self.key_indicators:
             suffix = '' if single else f'_{key}'
             known = runner.message_hub.runtime_info
@@ -144,20 +185,42 @@ class SafeCheckpointHook(CheckpointHook):
                 f'The best checkpoint with {score:0.4f} {key} at {step} '
                 f'{"epoch" if self.by_epoch else "iter"} is saved to {name}.'
             )
-            replaced.append((old, path))
+            replaced = True
+            if old and old != path:
+                self._outlived.append(old)
         # Once more, for it names the best one; until then the old best one is needed.
         if replaced and self.last_ckpt is not None:
             self._save_checkpoint_with_step(runner, step, meta)
-        for old, path in replaced:
-            if old and old != path:
-                self._delete(runner, old)
+        elif replaced:
+            self._delete_outlived(runner)
+
+    @master_only
+    def _publish_model(self, runner: Runner, ckpt_path: str | None) -> None:
+        """Write a copy with ``published_keys`` alone; a failure costs the copy."""
+        if ckpt_path is None:  # there was no score
+            return
+        if not self._local:
+            super()._publish_model(runner, ckpt_path)
+            return
+        path = Path(ckpt_path)
+        try:
+            content = CheckpointLoader.load_checkpoint(ckpt_path, 'cpu', 'silent')
+            content = {k: v for k, v in content.items() if k in self.published_keys}
+            file = save(
+                content,
+                path,
+                lambda partial: path.with_stem(f'{path.stem}-{sha256(partial)[:8]}'),
+            )
+        except (OSError, RuntimeError, UserError) as error:
+            runner.logger.error(f'{path} is not published: {error}')
+        else:
+            runner.logger.info(f'{path} is published as {file}')
 
     def _save(
         self,
         runner: Runner,
         name: str,
         meta: dict,
-        pointer: Path | None = None,
         **options: Any,
     ) -> bool:
         """Write a checkpoint, on every process that holds a part of it.
@@ -166,14 +229,18 @@ class SafeCheckpointHook(CheckpointHook):
             runner: The runner.
             name: Of the file, or of the folder where each process writes one.
             meta: What to note of the moment.
-            pointer: File that is to hold the checkpoint's path. Defaults to None.
             **options: Of ``runner.save_checkpoint``.
 
         Returns:
             Whether all of it is on the disk.
         """
-        partial = f'.{name}.partial' if self._local else name
+        partial = name
+        if self._local:
+            file = Path(name)  # which may name a folder, too
+            partial = str(file.with_name(f'.{file.name}.{self._process}.partial'))
         self._meta = dict(meta)
+        if isinstance(runner.train_loop, ExactEpochLoop | ExactIterLoop):
+            runner.train_loop.gather()
 
         def write() -> None:
             runner.save_checkpoint(
@@ -186,21 +253,16 @@ class SafeCheckpointHook(CheckpointHook):
             )
 
         def finish() -> None:
-            if not is_main_process():
-                return
-            target = self.file_backend.join_path(self.out_dir, name)
-            if self._local:
-                put_in_place(Path(self.out_dir, partial), Path(target))
-            if pointer is not None:
-                write_text(pointer, target)
+            if self._local and is_main_process():
+                put_in_place(Path(self.out_dir, partial), Path(self.out_dir, name))
 
         # Others may have parts to write: nobody renames before all have written.
         error = _first_error(write) or _first_error(finish)
         self._meta = {}
         if error is None:
             return True
-        if self._local and is_main_process():
-            _remove(Path(self.out_dir, partial))
+        if self._local:
+            self._delete(runner, str(Path(self.out_dir, partial)))
         runner.logger.error(
             f'{name} was NOT saved in {self.out_dir}: {error}. Training goes on, and '
             'tries again when the next checkpoint is due; the earlier ones are kept. '

@@ -36,6 +36,7 @@ from mmcls_involution.engine.samples import BadSamples, samples_by_name
 from mmcls_involution.engine.saving import save_safely
 from mmcls_involution.weights.files import (
     check_checkpoint,
+    checkpoint_places,
     latest_checkpoint,
     starting_points,
 )
@@ -100,7 +101,7 @@ def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
         check_checkpoint(args.resume, '--resume')
         cfg.resume, cfg.load_from = True, args.resume
     elif args.resume == 'auto' or (cfg.get('resume') and not cfg.get('load_from')):
-        latest = latest_checkpoint(Path(cfg.work_dir))
+        latest = latest_checkpoint(Path(cfg.work_dir), cfg)
         cfg.resume = latest is not None
         if latest is None:
             print_log(f'Nothing to resume in {cfg.work_dir}: training starts anew')
@@ -145,29 +146,34 @@ def set_aside_checkpoints(runner: Runner) -> None:
 
     A run that does not go on from its work dir would overwrite them one by one.
     """
-    work_dir = Path(runner.work_dir)
-    starts = starting_points(runner.cfg)
-    earlier = sorted(work_dir.glob('*.pth'))
-    if not earlier:
-        return
-    for key, start in starts.items():
-        if Path(start).absolute().parent != work_dir:
+    # Where they are written, a folder in the name of the files included.
+    written = checkpoint_places(Path(runner.work_dir), runner.cfg)
+    folders = {Path(folder, template).parent.resolve() for folder, template in written}
+    earlier = {
+        folder: files
+        for folder in sorted(folders)
+        if (files := sorted(folder.glob('*.pth')))
+    }
+    for key, start in starting_points(runner.cfg).items():
+        file = Path(start).expanduser()
+        if not earlier.keys() & {file.parent.resolve(), file.resolve().parent}:
             continue
         if runner.cfg.get('resume'):
             return
         raise UserError(
-            f"{key} is a checkpoint in this run's own work dir {work_dir}, which "
+            f"{key} is a checkpoint in this run's own work dir {file.parent}, which "
             'training would overwrite. Give another --work-dir, or go on with --resume.'
         )
-    folder = work_dir / time.strftime('earlier_%Y%m%d_%H%M%S')
-    folder.mkdir()
-    for file in [*earlier, work_dir / 'last_checkpoint']:
-        if file.exists():
-            shutil.move(file, folder)
-    runner.logger.warning(
-        f'{work_dir} holds the checkpoints of an earlier run: moved to {folder}. '
-        '(To go on from them, use --resume.)'
-    )
+    for folder, files in earlier.items():
+        aside = folder / time.strftime('earlier_%Y%m%d_%H%M%S')
+        aside.mkdir()
+        for file in [*files, folder / 'last_checkpoint']:
+            if file.exists():
+                shutil.move(file, aside)
+        runner.logger.warning(
+            f'{folder} holds the checkpoints of an earlier run: moved to {aside}. '
+            '(To go on from them, use --resume.)'
+        )
 
 
 def main(args: argparse.Namespace) -> None:

@@ -196,7 +196,7 @@ def look_at_training(job: Job) -> tuple[str | None, bool]:
     """
     if job.given:
         return job.given, True
-    latest = latest_checkpoint(job.work_dir)
+    latest = latest_checkpoint(job.work_dir, job.cfg)
     if latest is None:
         return None, False
     meta = read_meta(str(latest))
@@ -212,7 +212,7 @@ def look_at_training(job: Job) -> tuple[str | None, bool]:
     )
     # A training may have ended before that: by early stopping, say.
     record = job.record.get('train', {})
-    ended = record.get('finished') == latest.name and not changed(job)
+    ended = record.get('finished') == Path(latest).name and not changed(job)
     return str(latest), done or ended
 
 
@@ -240,13 +240,13 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
             flush=True,
         )
     call('train', command, descriptor, job.show)
-    latest = latest_checkpoint(job.work_dir)
+    latest = latest_checkpoint(job.work_dir, job.cfg)
     if latest is None:
         raise StepError(
             f'tools/train.py left no checkpoint in {job.work_dir}. Does the config '
             'have a CheckpointHook?'
         )
-    job.remember('train', **facts, finished=latest.name)
+    job.remember('train', **facts, finished=Path(latest).name)
     return str(latest)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import logging
 import os
@@ -85,29 +86,74 @@ def starting_points(cfg: Config) -> dict[str, str]:
     return starts | ({'load_from': cfg.load_from} if cfg.get('load_from') else {})
 
 
-def latest_checkpoint(work_dir: Path) -> Path | None:
-    """The newest checkpoint in a work dir itself that loads in full, or None.
+def checkpoint_places(
+    work_dir: Path, cfg: Config | None = None
+) -> list[tuple[Path, str]]:
+    """The folders where a training writes checkpoints, and templates of their names.
+
+    Args:
+        work_dir (Path): Of the training.
+        cfg (Config, optional): Its config, whose hooks may name an ``out_dir`` and a
+            ``filename_tmpl``. Folders elsewhere than on this machine are left out.
+    """
+    found = [(work_dir, 'epoch_{}.pth'), (work_dir, 'iter_{}.pth')]
+    cfg = cfg or {}
+    hooks = [(cfg.get('default_hooks') or {}).get('checkpoint')]
+    for hook in [*hooks, *(cfg.get('custom_hooks') or [])]:
+        if not isinstance(hook, dict) or '://' in str(hook.get('out_dir')):
+            continue
+        own = [hook['filename_tmpl']] if hook.get('filename_tmpl') else []
+        folder, own_dir = work_dir, os.path.abspath(work_dir)
+        if hook.get('out_dir') not in (None, own_dir):  # as CheckpointHook has it
+            folder = Path(hook['out_dir'], Path(own_dir).name)
+            own = own or ['epoch_{}.pth', 'iter_{}.pth']
+        found += [(folder, template) for template in own]
+    return found
+
+
+def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str | None:
+    """The newest checkpoint of a training that loads in full, or None.
 
     Those passed over are named in a warning. ``last_checkpoint`` names the newest by
     an absolute path: of a folder that was moved or copied since, so that only the
     file's name counts. A run that was killed may have left a newer one.
+
+    Args:
+        work_dir (Path): Of the training.
+        cfg (Config, optional): As of :func:`checkpoint_places`.
+
+    Returns:
+        Path | str | None: The file; or the address, where ``last_checkpoint`` has one.
     """
-    candidates = sorted(
-        [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')],
-        key=_age,
-        reverse=True,
-    )
+    numbers = {}
+    for folder, template in checkpoint_places(work_dir, cfg):
+        parts = re.split(r'\{.*?\}', template)
+        for file in folder.glob('*'.join(map(glob.escape, parts))):
+            name = file.relative_to(folder).as_posix()
+            if found := re.fullmatch(r'(\d+)'.join(map(re.escape, parts)), name):
+                numbers[file] = int(found[1]) if found.re.groups else -1
+    candidates = sorted(numbers, key=_age, reverse=True)
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
-        named = work_dir / Path(pointer.read_text(errors='replace').strip()).name
-        # The times of a folder that was copied say little, its names do.
-        newer = [
-            file
-            for file in candidates
-            if _age(file) > _age(named) and _number(file) > _number(named)
-        ]
-        rest = [file for file in candidates if file not in (*newer, named)]
-        candidates = [*newer, named, *rest]
+        text = pointer.read_text(errors='replace').strip()
+        if '://' in text:
+            return text
+        name = Path(text).name
+        named = next((file for file in candidates if file.name == name), None)
+        if named is None:
+            print_log(
+                f'Passed over {text[:200]!r} of {pointer}: missing',
+                level=logging.WARNING,
+            )
+        else:
+            # The times of a folder that was copied say little, its names do.
+            newer = [
+                file
+                for file in candidates
+                if _age(file) > _age(named) and numbers[file] > numbers[named]
+            ]
+            rest = [file for file in candidates if file not in (*newer, named)]
+            candidates = [*newer, named, *rest]
     for file in candidates:
         problem = _damage(file)
         if problem is None:
@@ -120,15 +166,10 @@ def _age(file: Path) -> float:
     return file.stat().st_mtime if file.exists() else 0.0
 
 
-def _number(file: Path) -> int:
-    """Of the epoch or iteration that a checkpoint is named by."""
-    return int(found[0]) if (found := re.findall(r'\d+', file.stem)) else -1
-
-
 def _damage(file: Path) -> str | None:
     """What keeps a checkpoint from being loaded in full; None if nothing does."""
     if not file.exists():
-        return 'missing'
+        return 'a link to nothing'
     if file.is_dir():
         # Whether all processes have written all of it cannot be seen.
         return 'a folder, as FSDP writes; --resume FOLDER takes it'
@@ -289,7 +330,7 @@ def write_text(path: Path, text: str) -> None:
         OSError: If the disk fails; an earlier file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f'.{path.name}.partial')
+    partial = path.with_name(f'.{path.name}.{os.getpid()}.partial')
     try:
         partial.write_text(text)
         put_in_place(partial, path)

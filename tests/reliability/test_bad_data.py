@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -16,8 +17,9 @@ pytest.importorskip('mmengine')
 
 import bad_data  # noqa: E402
 
-from mmcls_involution.data import segmentation  # noqa: E402
+from mmcls_involution.data import images, segmentation  # noqa: E402
 from mmcls_involution.engine import samples  # noqa: E402
+from mmcls_involution.engine.errors import UserError  # noqa: E402
 
 LIBRARIES = dict(detector='mmdet', segmenter='mmseg')
 Run = Callable[..., str]
@@ -70,6 +72,10 @@ IMAGES = {
     'huge': (lambda file: bad_data.png_that_says(10**5, 10**5, file), 'undecodable'),
     'turned': (turned, 'size'),
     'a folder': (lambda file: (file.unlink(), file.mkdir()), 'missing'),
+    'a link to nothing': (
+        lambda file: (file.unlink(), file.symlink_to('nothing')),
+        'missing',
+    ),
 }
 
 
@@ -87,6 +93,54 @@ def test_image(name, coco, run, checked, tmp_path):
     assert run('train', 'detector', *flags) == ''
     (line,) = (tmp_path / 'b' / 'bad_samples.txt').read_text().splitlines()
     assert line.startswith(f'{coco / "1.png"}: ')
+
+
+def test_names_that_no_file_of_text_takes(coco, run, tmp_path, capfd):
+    """One with a line end, one with a byte that is no letter: each is one line."""
+    names = ['0\n1.png', '1\udcff\u2028.png']
+    content = json.loads((coco / 'ann.json').read_text())
+    for i, name in enumerate(names):
+        (coco / f'{i}.png').unlink()
+        (coco / name).write_text('no image')
+        content['images'][i]['file_name'] = name
+    (coco / 'ann.json').write_text(json.dumps(content))
+    shown = [f'{coco}/0\\n1.png', f'{coco}/1\\udcff\\u2028.png']
+    out = tmp_path / 'findings.txt'
+    run('check', 'detector', '--workers', 1, '--out', out)
+    assert [line.split('\t')[2] for line in out.read_text().splitlines()] == shown
+    flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 2]
+    assert run('train', 'detector', *flags) == ''
+    lines = (tmp_path / 'w' / 'bad_samples.txt').read_text().splitlines()
+    assert sorted(line.split(': ')[0] for line in lines) == shown
+    assert 'Logging error' not in ''.join(capfd.readouterr())
+
+
+def test_what_the_system_keeps_from_being_read(tmp_path, monkeypatch):
+    """It is not said to be damaged."""
+    file = tmp_path / 'a.png'
+    Image.new('RGB', (4, 4)).save(file)
+
+    def denied(*_, **__):
+        raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(np, 'fromfile', denied)
+    ((finding,), _) = images.check_image(str(file), None)
+    assert finding.message == f'{file}: cannot be read: Permission denied.'
+    monkeypatch.setattr(Image, 'open', denied)
+    ((finding,), _) = segmentation.check_label(str(file), None, None)
+    assert finding.message == f'{file}: cannot be read: Permission denied.'
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'tif', 'webp'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_size_of_turned_photos(suffix, orientation, tmp_path):
+    """The header says what the image that is read has."""
+    file, exif = tmp_path / f'a.{suffix}', Image.Exif()
+    exif[0x0112] = orientation
+    Image.new('RGB', (24, 16)).save(file, exif=exif)
+    expected = images.read_image(file).shape[1::-1]
+    assert images.image_size(str(file)) == expected
+    assert expected == ((24, 16) if orientation < 5 else (16, 24))
 
 
 FORMS = {
@@ -214,6 +268,21 @@ def test_labels(name, seg_root, run, checked, tmp_path, monkeypatch):
     assert str(file) in (tmp_path / 'b' / 'bad_samples.txt').read_text()
 
 
+def test_validation_is_never_passed_over(seg_root, run, tmp_path, monkeypatch):
+    """Though the config does not set ``test_mode``, as those of MMSegmentation."""
+    data = shutil.copytree(seg_root, tmp_path / 'data')
+    bad = shutil.copytree(data / 'images', data / 'val') / '1.png'
+    bad.write_text('no image')
+    text = bad_data.CONFIGS['segmenter'].replace('{root}', str(data))
+    val = text[text.index('train_dataloader') :].replace('train_', 'val_')
+    val = val.replace('shuffle=True', 'shuffle=False').replace("'images'", "'val'")
+    text += f"{val}val_cfg = dict()\nval_evaluator = dict(type='IoUMetric')\n"
+    monkeypatch.setitem(bad_data.CONFIGS, 'segmenter', text)
+    flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 9]
+    assert run('train', 'segmenter', *flags).startswith(f'Error: {bad}: cannot be')
+    assert not (tmp_path / 'w' / 'bad_samples.txt').exists()
+
+
 def test_more_than_the_limit(coco, run, tmp_path):
     for i in (0, 2):
         (coco / f'{i}.png').unlink()
@@ -272,3 +341,19 @@ def test_an_error_of_the_program_is_none_of_the_data(coco, run, tmp_path, monkey
     flags = ['--work-dir', tmp_path / 'w', '--max-bad-samples', 9]
     with pytest.raises(ValueError, match='of the program'):
         run('train', 'detector', *flags)
+
+
+def test_two_processes_meet_one_each(tmp_path, monkeypatch):
+    """At the same moment: neither knows of the other's before it writes."""
+    bad = samples.BadSamples(tmp_path, 1, resumed=False)
+    opened = Path.open
+
+    def after_another(self, mode='r', **kwargs):
+        if mode == 'a':
+            with opened(self, 'a') as file:
+                file.write('of another process\n')
+        return opened(self, mode, **kwargs)
+
+    monkeypatch.setattr(Path, 'open', after_another)
+    with pytest.raises(UserError, match='now 1'):
+        bad.add('of this one')

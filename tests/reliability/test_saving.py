@@ -15,7 +15,9 @@ import toy  # noqa: E402
 from mmengine.fileio import LocalBackend  # noqa: E402
 from mmengine.logging import MMLogger  # noqa: E402
 
+from mmcls_involution.engine import saving  # noqa: E402
 from mmcls_involution.engine.errors import UserError  # noqa: E402
+from mmcls_involution.engine.resume import check_resume  # noqa: E402
 from mmcls_involution.engine.saving import SafeCheckpointHook, save_safely  # noqa: E402
 from mmcls_involution.weights import files  # noqa: E402
 
@@ -192,8 +194,6 @@ def test_the_newest_that_loads_in_full(train, tmp_path, monkeypatch):
 
 def test_a_folder_is_not_resumed_by_itself(tmp_path, monkeypatch):
     """FSDP writes one, a part of the weights for each process."""
-    from mmcls_involution.engine.resume import check_resume
-
     torch.save(dict(state_dict={}), tmp_path / 'epoch_1.pth')
     os.utime(tmp_path / 'epoch_1.pth', (1, 1))
     folder = tmp_path / 'epoch_2.pth'
@@ -205,3 +205,212 @@ def test_a_folder_is_not_resumed_by_itself(tmp_path, monkeypatch):
     cfg = toy.config(tmp_path, load_from=str(folder))
     with pytest.raises(UserError, match='epoch_2.pth: it is a folder, as FSDP'):
         check_resume(cfg)
+
+
+def failing(monkeypatch, name: str, error: OSError) -> None:
+    """A file that is written under this name cannot be given it, nor be deleted."""
+    replace, unlink = os.replace, Path.unlink
+
+    def failing_replace(source, target):
+        if Path(target).name == name:
+            raise error
+        replace(source, target)
+
+    def failing_unlink(self, *args, **kwargs):
+        if name in self.name and self.exists():
+            raise error
+        unlink(self, *args, **kwargs)
+
+    monkeypatch.setattr(os, 'replace', failing_replace)
+    monkeypatch.setattr(Path, 'unlink', failing_unlink)
+
+
+def test_a_disk_that_becomes_read_only(train, tmp_path, monkeypatch):
+    """What has been written cannot be removed either."""
+    failing(monkeypatch, 'epoch_3.pth', OSError(errno.EROFS, 'Read-only file system'))
+    assert train(toy.config(tmp_path)).iter == 20
+    assert (tmp_path / 'epoch_4.pth').is_file()
+
+
+def test_no_room_for_the_pointer(train, tmp_path, monkeypatch):
+    """The checkpoint counts; what the pointer names stays until it names another."""
+    write = files.write_text
+    errors, left = [], []
+
+    def failing_write(path, text):
+        left.append({f.name for f in tmp_path.glob('*.pth')})
+        if 'epoch_3' in text:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        write(path, text)
+
+    monkeypatch.setattr(saving, 'write_text', failing_write)
+    monkeypatch.setattr(MMLogger, 'error', lambda self, text, *a: errors.append(text))
+    cfg = toy.config(tmp_path, train_cfg__max_epochs=5)
+    cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+    train(cfg)
+    assert len(errors) == 1 and 'epoch_3.pth is saved, but' in errors[0]
+    assert left[3] == {f'epoch_{i}.pth' for i in (1, 2, 3, 4)}
+    assert {f.name for f in tmp_path.glob('*.pth')} == {'epoch_4.pth', 'epoch_5.pth'}
+
+
+@pytest.mark.parametrize('template', ['deep/er_{}.pth', 'newest.pth'])
+def test_any_name(template, train, tmp_path):
+    """With a folder in it, and without a number: the same file each time."""
+    cfg = toy.config(tmp_path)
+    cfg.default_hooks.checkpoint.update(filename_tmpl=template, max_keep_ckpts=2)
+    train(cfg)
+    found = {str(file.relative_to(tmp_path)) for file in tmp_path.rglob('*.pth')}
+    expected = {template.format(number) for number in (3, 4)}
+    assert found == expected
+    last = tmp_path / template.format(4)
+    assert torch.load(last, weights_only=True)['meta']['epoch'] == 4
+    assert files.latest_checkpoint(tmp_path, cfg) == last
+    last.write_bytes(last.read_bytes()[:-1])
+    earlier = tmp_path / template.format(3)
+    expected = earlier if earlier != last else None
+    assert files.latest_checkpoint(tmp_path, cfg) == expected
+
+
+def test_best_one_is_kept_until_a_checkpoint_names_another(
+    train, tmp_path, monkeypatch
+):
+    scores = iter([0.1, 0.2, 0.3, 0.1])
+    monkeypatch.setattr(
+        toy.ToyMetric, 'compute_metrics', lambda *_: dict(accuracy=next(scores))
+    )
+    save = SafeCheckpointHook._save
+    calls = []
+
+    def second_fails(self, runner, name, meta, **options):
+        calls.append(name)
+        if calls.count('epoch_2.pth') == 2 and name == 'epoch_2.pth':
+            assert (tmp_path / 'best_accuracy_epoch_2.pth').is_file()
+            return False
+        if name == 'epoch_3.pth' and name not in calls[:-1]:
+            assert (tmp_path / 'best_accuracy_epoch_1.pth').is_file()
+        return save(self, runner, name, meta, **options)
+
+    monkeypatch.setattr(SafeCheckpointHook, '_save', second_fails)
+    cfg = toy.config(tmp_path, **toy.VALIDATION)
+    cfg.default_hooks.checkpoint.save_best = 'accuracy'
+    train(cfg)
+    assert calls.count('epoch_2.pth') == 2
+    (best,) = tmp_path.glob('best_*')
+    assert best.name == 'best_accuracy_epoch_3.pth'
+
+
+def test_a_score_that_there_is_not(train, tmp_path):
+    cases = dict(
+        accuracy="names 'accuracy', .* Did you mean toy/acc",
+        auto='a specific rule must',
+    )
+    for wrong, text in cases.items():
+        cfg = toy.config(tmp_path / wrong, **toy.VALIDATION)
+        cfg.val_evaluator = dict(type='ToyMetric', prefix='toy')
+        cfg.default_hooks.checkpoint.save_best = wrong
+        if wrong == 'auto':
+            cfg.default_hooks.checkpoint.greater_keys = ['none']
+        with pytest.raises(UserError, match=text):
+            train(cfg)
+        assert (tmp_path / wrong / 'epoch_1.pth').is_file()
+
+
+def test_published_copies(train, tmp_path, monkeypatch):
+    """Whole or not there, and without the best one of a folder that is elsewhere."""
+    cfg = toy.config(tmp_path / 'a', **toy.VALIDATION)
+    cfg.default_hooks.checkpoint.update(
+        save_best='accuracy', published_keys=['meta', 'state_dict']
+    )
+    train(cfg)
+    copies = [*(tmp_path / 'a').glob('*-????????.pth')]
+    assert len(copies) == 2
+    for copy in copies:
+        assert {*torch.load(copy, weights_only=True)} == {'meta', 'state_dict'}
+    # It is no checkpoint to go on from.
+    (tmp_path / 'a' / 'last_checkpoint').unlink()
+    assert files.latest_checkpoint(tmp_path / 'a').name == 'epoch_4.pth'
+    errors = []
+    monkeypatch.setattr(MMLogger, 'error', lambda self, text, *a: errors.append(text))
+    for best in (tmp_path / 'a').glob('best_*'):
+        best.unlink()
+    cfg.resume, cfg.load_from = True, str(tmp_path / 'a' / 'epoch_4.pth')
+    train(cfg)
+    assert len(errors) == 1 and 'is not published: Checkpoint not found' in errors[0]
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """Train by the command, with these settings of the hook."""
+
+    def call(work: Path, *flags: object, **hook: object) -> str:
+        cfg = toy.config(tmp_path / 'unused')
+        cfg.custom_imports = dict(imports=['toy'], allow_failed_imports=False)
+        cfg.default_hooks.checkpoint.update(hook)
+        cfg.dump(tmp_path / 'toy_config.py')
+        config = tmp_path / 'toy_config.py'
+        return command('train', config, '--work-dir', work, *flags)
+
+    return call
+
+
+def test_best_ones_are_not_resumed(train, tmp_path):
+    """Without an optimizer, its schedule would begin anew in the middle."""
+    cfg = toy.config(tmp_path, **toy.VALIDATION)
+    cfg.default_hooks.checkpoint.save_best = 'accuracy'
+    train(cfg)
+    (best,) = tmp_path.glob('best_*')
+    expected = 'it has no optimizer and no param_schedulers. The best'
+    with pytest.raises(UserError, match=expected):
+        check_resume(toy.config(tmp_path, load_from=str(best)))
+    check_resume(toy.config(tmp_path, load_from=str(tmp_path / 'epoch_4.pth')))
+
+
+MORE = ('--resume', '--cfg-options', 'train_cfg.max_epochs=5')
+
+
+def test_checkpoints_in_another_folder(run, tmp_path):
+    """Resumed from there; set aside there by a training that starts anew."""
+    hook = dict(out_dir=str(tmp_path / 'out'), filename_tmpl='e_{:03d}.pth')
+    folder = tmp_path / 'out' / 'work'
+    assert run(tmp_path / 'work', **hook) == ''
+    first = (folder / 'e_001.pth').stat().st_mtime
+    assert run(tmp_path / 'work', *MORE, **hook) == ''
+    assert (folder / 'e_005.pth').is_file()
+    assert (folder / 'e_001.pth').stat().st_mtime == first
+    assert run(tmp_path / 'work', **hook) == ''
+    (aside,) = folder.glob('earlier_*')
+    assert len([*aside.glob('*.pth')]) == 5 and len([*folder.glob('*.pth')]) == 4
+
+
+def test_a_work_dir_by_another_name(run, tmp_path, monkeypatch):
+    """The checkpoint that a training goes on from is not set aside."""
+    assert run(tmp_path / 'work') == ''
+    (tmp_path / 'link').symlink_to('work')
+    (tmp_path / 'b').mkdir()
+    monkeypatch.chdir(tmp_path / 'b')
+    assert run('../work', *MORE) == ''
+    file = tmp_path / 'work' / 'epoch_4.pth'
+    assert run(tmp_path / 'link', '--resume', file, *MORE[1:]) == ''
+    assert not [*(tmp_path / 'work').glob('earlier_*')]
+    message = run('../link', '--cfg-options', f'load_from={file}')
+    assert 'own work dir' in message
+
+
+def test_damaged_pointers(train, tmp_path):
+    train(toy.config(tmp_path))
+    for text in ('', '\0\0', 'x' * 300):
+        (tmp_path / 'last_checkpoint').write_text(text)
+        assert files.latest_checkpoint(tmp_path).name == 'epoch_4.pth'
+    (tmp_path / 'last_checkpoint').write_text('s3://bucket/epoch_9.pth')
+    assert files.latest_checkpoint(tmp_path) == 's3://bucket/epoch_9.pth'
+
+
+def test_out_dir_that_is_the_work_dir(tmp_path):
+    """MMEngine puts no folder of its name into it then."""
+    cfg = toy.config(tmp_path)
+    hook = dict(out_dir=str(tmp_path), filename_tmpl='a_{}.pth')
+    cfg.default_hooks.checkpoint.update(hook)
+    for number in (9, 10):
+        torch.save({}, tmp_path / f'a_{number}.pth')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'a_9.pth'))
+    assert files.latest_checkpoint(tmp_path, cfg).name == 'a_10.pth'

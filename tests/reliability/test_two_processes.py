@@ -21,10 +21,12 @@ pytestmark = pytest.mark.skipif(
 
 
 def train(work_dir: Path, **changes) -> subprocess.CompletedProcess:
-    """As a user starts it; it resumes what there is."""
-    return subprocess.run(
-        **toy.for_two(work_dir, **changes), capture_output=True, text=True, timeout=300
-    )
+    """As a user starts it; it resumes what there is.
+
+    Gradients are accumulated over three iterations, which each process does for itself.
+    """
+    arguments = toy.for_two(work_dir, optim_wrapper__accumulative_counts=3, **changes)
+    return subprocess.run(**arguments, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope='module')

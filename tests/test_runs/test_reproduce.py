@@ -435,7 +435,7 @@ def test_weights_to_start_from_are_on_record(tmp_path, monkeypatch):
     # A resumed training has started from what the first call has found.
     monkeypatch.setattr(tool, 'call', lambda *_: (tmp_path / 'epoch_1.pth').touch())
     monkeypatch.setattr(
-        tool, 'latest_checkpoint', lambda folder: folder / 'epoch_1.pth'
+        tool, 'latest_checkpoint', lambda folder, cfg: folder / 'epoch_1.pth'
     )
     job = jobs[0]
     tool.train(job, None, 0)
