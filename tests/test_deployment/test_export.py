@@ -107,6 +107,28 @@ def test_sizes_behind_custom_operators_are_known(tmp_path):
     assert [dim.dim_value for dim in dims] == [2, 16, 10, 12]
 
 
+@needs_onnx
+def test_custom_operators_say_what_fails(tmp_path):
+    """Here the window of a pixel is larger than any memory."""
+    import onnx
+
+    if BACKENDS['native'].kernels._library() is None:
+        pytest.skip('the C++ kernels were not built')
+    layer = nn.Sequential(Involution2d(16, 3))
+    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    image, file = torch.randn(1, 16, 5, 7), tmp_path / 'model.onnx'
+    export.export_onnx(model, image, file, operator='custom')
+    content = onnx.load(file)
+    (node,) = (n for n in content.graph.node if n.domain == 'mmcls_involution')
+    for attribute in node.attribute:
+        if attribute.name in ('dilations', 'pads'):
+            attribute.ints[:] = [10**7] * 2
+    onnx.save(content, file)
+    run = export.load(file, 'onnx', threads=1, operator='custom')
+    with pytest.raises(Exception, match='no memory for an involution'):
+        run(image)
+
+
 class _Tuple(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()

@@ -35,18 +35,19 @@ struct ApiBase {
   const char *(*get_version)();
 };
 
-// OrtCustomOp as of version 14: later versions only add members, which ONNX Runtime does
-// not read where `version` says 14.
+// OrtCustomOp as of version 16: later versions only add members, which ONNX Runtime does
+// not read where `version` says 16. The first `create_kernel` and `compute`, which cannot
+// fail, stay null.
 struct CustomOp {
   uint32_t version;
-  void *(*create_kernel)(const CustomOp *, void *const *api, const void *info);
+  void *create_kernel;
   const char *(*name)(const CustomOp *);
   const char *(*provider)(const CustomOp *);
   int (*input_type)(const CustomOp *, size_t);
   size_t (*input_count)(const CustomOp *);
   int (*output_type)(const CustomOp *, size_t);
   size_t (*output_count)(const CustomOp *);
-  void (*compute)(void *kernel, void *context);
+  void *compute;
   void (*destroy)(void *kernel);
   int (*input_characteristic)(const CustomOp *, size_t);
   int (*output_characteristic)(const CustomOp *, size_t);
@@ -55,6 +56,9 @@ struct CustomOp {
   int (*input_homogeneity)(const CustomOp *);
   int (*output_arity)(const CustomOp *);
   int (*output_homogeneity)(const CustomOp *);
+  void *(*create_kernel_v2)(const CustomOp *, void *const *api, const void *info,
+                            void **kernel);
+  void *(*compute_v2)(void *kernel, void *context);
 };
 
 void *const *api;
@@ -106,7 +110,8 @@ int32_t parallel_for(int64_t begin, int64_t end, int64_t grain,
 struct Kernel {
   Problem problem{};  // the attributes; sizes come with each call
 
-  void compute(void *context) const {
+  // Returns a status, null for success.
+  void *compute(void *context) const {
     size_t count;
     call(kGetInputCount, static_cast<const void *>(context), &count);
     const void *inputs[4] = {};
@@ -144,12 +149,15 @@ struct Kernel {
          &output);
     call(kGetTensorMutableData, output, &data);
     current_context = context;
-    involution(kForward, kFloat32, &p, inputs, data, parallel_for, 1);
+    if (involution(kForward, kFloat32, &p, inputs, data, parallel_for, 1) != 0)
+      return call(kCreateStatus, 1, "mmcls_involution: no memory for an involution");
+    return nullptr;
   }
 };
 
-void *create_kernel(const CustomOp *, void *const *, const void *info) {
+void *create_kernel(const CustomOp *, void *const *, const void *info, void **out) {
   Kernel *kernel = new Kernel;
+  *out = kernel;
   Problem &p = kernel->problem;
   struct {
     const char *name;
@@ -160,16 +168,21 @@ void *create_kernel(const CustomOp *, void *const *, const void *info) {
                     {"dilations", p.dilation}};
   for (auto &attribute : attributes) {
     size_t size = 2;
-    call(kGetAttributeArrayInt64, info, attribute.name, attribute.values, &size);
+    void *status =
+        call(kGetAttributeArrayInt64, info, attribute.name, attribute.values, &size);
+    if (status) {
+      delete kernel;
+      return status;
+    }
   }
-  return kernel;
+  return nullptr;
 }
 
 template <size_t inputs>
 CustomOp describe() {
   CustomOp op{};
-  op.version = 14;
-  op.create_kernel = create_kernel;
+  op.version = 16;
+  op.create_kernel_v2 = create_kernel;
   op.name = [](const CustomOp *) {
     return inputs == 2 ? "Involution2d" : "FusedInvolution2d";
   };
@@ -178,8 +191,8 @@ CustomOp describe() {
   op.input_count = [](const CustomOp *) { return inputs; };
   op.output_type = op.input_type;
   op.output_count = [](const CustomOp *) { return size_t{1}; };
-  op.compute = [](void *kernel, void *context) {
-    static_cast<Kernel *>(kernel)->compute(context);
+  op.compute_v2 = [](void *kernel, void *context) {
+    return static_cast<Kernel *>(kernel)->compute(context);
   };
   op.destroy = [](void *kernel) { delete static_cast<Kernel *>(kernel); };
   // The fourth input, the bias, is optional.
