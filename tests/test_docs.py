@@ -52,7 +52,7 @@ NOT_RUN = {
     r'(cd|mkdir|git clone|unzip|for|curl|done) ?': DATA,
     r'python -m mmcls_involution\.compat': 'test_compat/test_main.py',
     r'pip (un)?install': PIP,
-    r'(SHORT|SMALL|START|CONFIG)=|export (OMP|MALLOC)_': 'sets variables for the rest',
+    r'(SHORT|LONG|SMALL|START|CONFIG)=|export (OMP|MALLOC)_': 'sets variables',
 }
 # Pages -> why their Python is compiled and not executed.
 NOT_EXECUTED = {
