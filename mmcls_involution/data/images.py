@@ -12,9 +12,6 @@ from PIL import Image
 
 from mmcls_involution.data.rules import Finding
 
-# What reading a broken image raises.
-BROKEN = OSError, SyntaxError, ValueError, cv2.error, Image.DecompressionBombError
-
 
 def read_image(path: Path, flags: int = cv2.IMREAD_COLOR) -> np.ndarray:
     """Read an image, or say which file is missing or broken.
@@ -92,7 +89,13 @@ def check_image(
         if os.path.lexists(path):
             detail = 'is a folder' if os.path.isdir(path) else 'is a link to nothing'
         return [Finding('missing image', path, detail)], None
-    except BROKEN as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        cv2.error,
+        Image.DecompressionBombError,
+    ) as error:
         return [Finding('undecodable image', path, why_unread(error))], None
     size = width, height
     if expected in (None, size):
@@ -100,11 +103,11 @@ def check_image(
     return [other_size(path, size, expected)], size
 
 
-def why_unread(error: Exception) -> str:
-    """What kept a file from being read: its content, or the system, which says so."""
+def why_unread(error: Exception, content: str = 'cannot be decoded') -> str:
+    """What kept a file from being read: the system, which says so, or its content."""
     if isinstance(error, OSError) and error.errno:
         return f'cannot be read: {os.strerror(error.errno)}.'
-    return 'cannot be decoded'
+    return content
 
 
 def other_size(path: str, size: tuple[int, int], expected: tuple[int, int]) -> Finding:

@@ -193,8 +193,8 @@ def check_label(
         with Image.open(path) as file:
             label = np.array(file).squeeze()
     except Exception as error:  # Pillow raises whatever a broken file leads to
-        unread = why_unread(error) if getattr(error, 'errno', None) else str(error)
-        return [Finding('undecodable label', path, unread)], nothing
+        detail = why_unread(error, str(error))
+        return [Finding('undecodable label', path, detail)], nothing
     if label.ndim != 2:
         detail = f'has the shape {label.shape}: expected one channel of class numbers'
         return [Finding('undecodable label', path, detail)], nothing

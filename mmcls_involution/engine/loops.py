@@ -252,13 +252,18 @@ class _Exact:
                 parameter.grad = self.gradients[name].to(parameter)
         self.gradients = {}
 
+    @property
+    def accumulates(self) -> bool:
+        """Whether a step takes the gradients of several iterations."""
+        return getattr(self.runner.optim_wrapper, '_accumulative_counts', 1) > 1
+
     def gather(self) -> None:
         """Bring the gradients that each process has accumulated into a checkpoint.
 
         All processes call it before one of them writes; without that it has those of
         the process that writes.
         """
-        if getattr(self.runner.optim_wrapper, '_accumulative_counts', 1) > 1:
+        if self.accumulates:
             parts = all_gather_object(self.own_gradients())
             self.gathered = [] if get_rank() else parts  # the first one writes
 
@@ -300,7 +305,7 @@ class _Place(Hook):
             processes=get_world_size(),
             seeds=[_seed(sampler) for sampler in loop.dataloader.samplers],
         )
-        if getattr(runner.optim_wrapper, '_accumulative_counts', 1) > 1:
+        if loop.accumulates:
             place['gradients'] = loop.gathered or [loop.own_gradients()]
             loop.gathered = []
         checkpoint['place'] = place
