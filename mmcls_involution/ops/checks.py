@@ -46,9 +46,12 @@ def pair(name: str, value: int | Sequence[int], lowest: int) -> tuple[int, int]:
     return pair
 
 
-def check_input(input: Tensor) -> None:
-    if input.dim() != 4:
-        raise ValueError(f'input must be [N, C, H, W], got shape {tuple(input.shape)}')
+def check_input(input: Tensor, channels: int | None = None) -> None:
+    """Refuse what is no image; with `channels`, one with another number of them."""
+    shape = tuple(input.shape)
+    if input.dim() != 4 or channels not in (None, shape[1]):
+        expected = 'C' if channels is None else channels
+        raise ValueError(f'input must be [N, {expected}, H, W], got shape {shape}')
     if input.dtype not in DTYPES:
         raise ValueError(f'input must be one of {DTYPES}, got {input.dtype}')
     h, w = input.shape[2:]

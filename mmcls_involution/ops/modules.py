@@ -215,12 +215,17 @@ class Involution2d(nn.Module):
                 taps[:, self.kernel_size**2 // 2] = 1
 
     def forward(self, x: Tensor) -> Tensor:
-        """Filter ``x`` with kernels generated from it. See the class for shapes."""
+        """Filter ``x`` with kernels generated from it. See the class for shapes.
+
+        Raises:
+            ValueError: If ``x`` has another shape.
+        """
         if isinstance(x, torch.fx.Proxy) and x.tracer.root is not self:
             # A layer of one node. MMEngine's efficient_conv_bn_eval, for one, asks of
             # which module the input of a norm layer comes.
             path = x.tracer.path_of_module(self)
             return x.tracer.create_proxy('call_module', path, (x,), {})
+        check_input(x, self.channels)
         options = self._options()
         if 'query' in GENERATORS[self.generator]:
             return involution2d(self.value(x), self.kernels(x), **options)
@@ -249,7 +254,11 @@ class Involution2d(nn.Module):
             of channels: row ``u`` and column ``v`` of the kernel of an output pixel
             weigh the input pixel that lies ``(u - K // 2) * dilation`` rows below and
             ``(v - K // 2) * dilation`` columns right of ``stride`` times its place.
+
+        Raises:
+            ValueError: If ``x`` has another shape.
         """
+        check_input(x, self.channels)
         if 'query' in GENERATORS[self.generator]:
             return self._relate(x, self._options())
         return self._unflatten(self.conv2(self.conv1(self.avgpool(x))))
@@ -295,7 +304,6 @@ class Involution2d(nn.Module):
 
     def _relate(self, x: Tensor, options: dict) -> Tensor:
         """Kernels from queries, keys and positions."""
-        check_input(x)
         query = self.query(self.avgpool(x)) * self.group_channels**-0.5
         positions = self._unflatten(self.position(query))
         logits = _add_products(positions, query, self.key(x), **options)

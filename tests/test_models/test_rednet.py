@@ -398,6 +398,19 @@ def test_wrong_arguments_are_refused(arguments, message):
         RedNet(**{**SLIM, **arguments})
 
 
+@pytest.mark.parametrize(
+    'images, message',
+    [
+        (torch.rand(3, 32, 40), r'must be \[N, C, H, W\], got shape \(3, 32, 40\)'),
+        (torch.rand(1, 3, 0, 40), 'at least 1x1 in size, got 0x40'),
+        (torch.ones(1, 3, 32, 40, dtype=torch.uint8), 'must be one of .*torch.uint8'),
+    ],
+)
+def test_wrong_images_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        RedNet(26)(images)
+
+
 def test_three_stages():
     model = RedNet(
         **SLIM, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2,)

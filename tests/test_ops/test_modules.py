@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -427,6 +428,21 @@ def test_channels_last_stays_channels_last(generator):
 def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Involution2d(**arguments)
+
+
+@pytest.mark.parametrize('method', ['forward', 'kernels'])
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('generator', GENERATORS)
+@pytest.mark.parametrize(
+    'shape', [(16,), (16, 9, 7), (1, 16, 9, 7, 5), (1, 32, 9, 7), (1, 16, 0, 7)]
+)
+def test_wrong_inputs_are_refused(shape, generator, stride, method):
+    module = Involution2d(16, stride=stride, generator=generator)
+    message = 'input must be at least 1x1 in size, got 0x7'
+    if 0 not in shape:
+        message = r'input must be \[N, 16, H, W\], got shape ' + re.escape(str(shape))
+    with pytest.raises(ValueError, match=message):
+        getattr(module, method)(torch.rand(shape))
 
 
 def test_repr_shows_the_arguments():

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcls_involution.ops import transforms
+from mmcls_involution.ops.checks import check_input
 from mmcls_involution.ops.geometry import memory_format
 from mmcls_involution.weights.fit import Fit, Misfit, grow_kernels
 
@@ -56,8 +57,9 @@ def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modu
     )
 
 
-# Both are nodes of torch.fx's graphs, whose proxies lie nowhere in memory. Of tensors
-# under torch.func's vmap it cannot be asked.
+# All three are nodes of torch.fx's graphs, whose proxies have no shape and lie nowhere
+# in memory. Of tensors under torch.func's vmap it cannot be asked where they lie.
+torch.fx.wrap('check_input')
 
 
 @torch.fx.wrap
@@ -467,7 +469,11 @@ class RedNet(BaseModule):
             tuple[Tensor]: Stage i has ``base_channels * 4 * 2**i`` channels and, with
             the default strides, 1 / ``4 * 2**i`` of the image's size, rounded up. They
             lie in memory as the images do.
+
+        Raises:
+            ValueError: If ``x`` is no batch of images, or not of floats.
         """
+        check_input(x)
         layout = _own_layout(x)
         x = _in_fast_layout(x)
         if self.with_cp and torch.is_grad_enabled():
