@@ -46,6 +46,13 @@ def pair(name: str, value: int | Sequence[int], lowest: int) -> tuple[int, int]:
     return pair
 
 
+def check_positive(arguments: dict[str, object]) -> None:
+    """Refuse what is no positive int, by its name."""
+    for name, value in arguments.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f'{name} must be a positive int, got {value!r}')
+
+
 def check_input(input: Tensor, channels: int | None = None) -> None:
     """Refuse what is no image; with `channels`, one with another number of them."""
     shape = tuple(input.shape)

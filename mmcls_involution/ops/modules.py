@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .backends import named_backend
-from .checks import check_input
+from .checks import check_input, check_positive
 from .functional import involution2d
 from .fused import spanned_involution2d
 from .registration import grad_of_weight
@@ -119,16 +119,16 @@ class Involution2d(nn.Module):
         init: str = 'official',
     ) -> None:
         super().__init__()
-        for name, value in (
-            ('channels', channels),
-            ('kernel_size', kernel_size),
-            ('stride', stride),
-            ('dilation', dilation),
-            ('group_channels', group_channels),
-            ('reduction_ratio', reduction_ratio),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f'{name} must be a positive int, got {value!r}')
+        check_positive(
+            dict(
+                channels=channels,
+                kernel_size=kernel_size,
+                stride=stride,
+                dilation=dilation,
+                group_channels=group_channels,
+                reduction_ratio=reduction_ratio,
+            )
+        )
         if kernel_size % 2 == 0:
             raise ValueError(
                 f'kernel_size must be odd, so that a kernel has a middle, got '

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmcls_involution.ops import transforms
-from mmcls_involution.ops.checks import check_input
+from mmcls_involution.ops.checks import check_input, check_positive
 from mmcls_involution.ops.geometry import memory_format
 from mmcls_involution.weights.fit import Fit, Misfit, grow_kernels
 
@@ -294,15 +294,27 @@ class RedNet(BaseModule):
             )
         if num_stages not in (1, 2, 3, 4):
             raise ValueError(f'num_stages must be 1, 2, 3 or 4, got {num_stages}')
+        numbers = dict(
+            in_channels=in_channels,
+            stem_channels=stem_channels,
+            base_channels=base_channels,
+        )
         for name, values in (('strides', strides), ('dilations', dilations)):
-            if len(values) != num_stages:
+            if not isinstance(values, Sequence) or len(values) != num_stages:
                 raise ValueError(
-                    f'{name} must have one entry per stage, {num_stages}, got {values}'
+                    f'{name} must have one entry per stage, {num_stages}, got '
+                    f'{values!r}'
                 )
-        if not out_indices or not set(out_indices) <= set(range(num_stages)):
+            numbers |= {f'{name}[{i}]': value for i, value in enumerate(values)}
+        check_positive(numbers)
+        if (
+            not isinstance(out_indices, Sequence)
+            or not out_indices
+            or any(index not in range(num_stages) for index in out_indices)
+        ):
             raise ValueError(
                 f'out_indices must name stages from 0 to {num_stages - 1}, '
-                f'got {out_indices}'
+                f'got {out_indices!r}'
             )
         if style not in ('pytorch', 'caffe'):
             raise ValueError(f"style must be 'pytorch' or 'caffe', got {style!r}")
