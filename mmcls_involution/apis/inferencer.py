@@ -77,7 +77,10 @@ def class_names(inferencer: Any) -> Sequence[str] | None:
 
 
 def build_inferencer(
-    config: str | Path | Config, weights: str | None = None, device: str | None = None
+    config: str | Path | Config,
+    weights: str | None = None,
+    device: str | None = None,
+    cfg_options: dict | None = None,
 ) -> Any:
     """The Inferencer of the toolbox that a config is for.
 
@@ -90,6 +93,8 @@ def build_inferencer(
             training starts from, after a warning.
         device (str, optional): Such as ``'cpu'`` or ``'cuda:0'``. Defaults to None: a
             GPU where there is one.
+        cfg_options (dict, optional): Settings that override those of a config that is
+            read here, such as ``{'model.test_cfg.score_thr': 0.3}``.
 
     Returns:
         mmdet.apis.DetInferencer | mmseg.apis.MMSegInferencer |
@@ -112,7 +117,7 @@ def build_inferencer(
         init_default_scope(cfg.get('default_scope', 'mmengine'))
     else:
         name, hub = find_config(str(config))
-        cfg, weights = read_config(name), weights or hub
+        cfg, weights = read_config(name, cfg_options), weights or hub
     weights = weights or cfg.get('load_from')
     check_checkpoint(weights, 'checkpoint')
     scope = cfg.get('default_scope')

@@ -6,12 +6,14 @@ The file takes normalized images [N, 3, H, W], float32, and gives
 
 - of a classifier logits [N, classes];
 - of a segmenter logits [N, classes, H, W];
-- of a detector what its heads say of each level, and of a two-stage one the features:
+- of a detector with --boxes dets [N, K, 5], labels [N, K] and of Mask R-CNN masks;
+  else what its heads say of each level, and of a two-stage one the features:
   mmcls_involution.deployment.detections makes boxes of them, with MMDetection;
 - with --backbone the features of each stage.
 
 Before the command says done it runs the file, at several odd sizes if it is --dynamic,
-and compares every output with PyTorch's: 1e-5 of the largest value is allowed.
+and compares every output with PyTorch's: 1e-5 of the largest value is allowed. Boxes
+are compared with those that MMDetection makes of the same maps.
 Classes, mean, std and the order of the channels are in the file's metadata; of pt2
 they are its extra files.
 """
@@ -33,8 +35,10 @@ from torch import Tensor
 
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
+from mmcls_involution.deployment.boxes import BOXES, OPSET, WithBoxes, check_boxes
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.config import add_cfg_options
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
@@ -102,9 +106,7 @@ def export_onnx(
         options['dynamo'] = False
         if dynamic:
             options['dynamic_axes'] = {'image': axes} | {
-                # of logits of a classifier the batch alone varies
-                name: {0: 'batch'} if model.kind == 'classifier' else axes
-                for name in names
+                name: model.axes(name) for name in names
             }
     with warnings.catch_warnings(), _operators(operator, opset):
         warnings.simplefilter('ignore')  # of tracing: what came out is compared
@@ -226,9 +228,19 @@ def load(
 
 
 def compare(
-    model: Exported, run: Callable[[Tensor], list[Tensor]], shapes: Sequence[tuple]
+    model: Exported,
+    run: Callable[[Tensor], list[Tensor]],
+    shapes: Sequence[tuple],
+    check: Callable[[list[Tensor], list[Tensor], Sequence[int]], None] | None = None,
 ) -> float:
     """The largest difference of a file's outputs and the model's, over their scale.
+
+    Args:
+        model (Exported): What the file is compared with.
+        run (Callable): The file, from :func:`load`.
+        shapes (Sequence[tuple]): Of images, ``[N, 3, H, W]``.
+        check (Callable, optional): Is given what the file has before the outputs of
+            `model`, those, and height and width. Defaults to None: it has no more.
 
     Raises:
         UserError: If it is above 1e-5, or a shape differs.
@@ -244,8 +256,10 @@ def compare(
             raise UserError(
                 f'The exported model does not run on {list(shape)}: {error}'
             ) from error
+        more = len(found) - len(expected) if check else 0
+        boxes, maps = found[:more], found[more:]
         for name, ours, theirs in zip(
-            model.names(expected), expected, found, strict=True
+            model.names(expected), expected, maps, strict=True
         ):
             if ours.shape != theirs.shape:
                 raise UserError(
@@ -262,6 +276,8 @@ def compare(
                     f'{list(shape)} by {difference:.1e} of its largest value; '
                     f'{TOLERANCE:g} is allowed. No file was written.'
                 )
+        if check:
+            check(boxes, maps, shape[2:])
     return worst
 
 
@@ -302,14 +318,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--dynamic', action='store_true', help='any batch, height and width'
     )
-    parser.add_argument(
-        '--opset', type=int, default=18, help='of ONNX (default: %(default)s)'
-    )
+    parser.add_argument('--opset', type=int, help='of ONNX (default: 18)')
     parser.add_argument(
         '--exporter',
         choices=('torchscript', 'dynamo'),
-        default='torchscript',
-        help="which of torch's two (default: %(default)s)",
+        help="which of torch's two writes ONNX (default: torchscript)",
     )
     parser.add_argument(
         '--operator',
@@ -322,31 +335,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--backbone', action='store_true', help="the model's backbone alone"
     )
+    parser.add_argument(
+        '--boxes',
+        action='store_true',
+        help="of a detector boxes, by ONNX's NonMaxSuppression and RoiAlign, in place "
+        "of its heads' maps",
+    )
+    add_cfg_options(parser)
 
 
 def main(args: argparse.Namespace) -> None:
     """The command ``export``."""
     out = Path(args.out)
     _check(args, out)
-    inferencer = build_inferencer(args.config, args.checkpoint, 'cpu')
+    inferencer = build_inferencer(
+        args.config, args.checkpoint, 'cpu', cfg_options=args.cfg_options
+    )
     toolbox_model = inferencer.model
     shape = args.shape or SHAPES[inferencer.cfg.default_scope]
-    model = Exported(toolbox_model, args.backbone)
+    model = (
+        WithBoxes(toolbox_model)
+        if args.boxes
+        else Exported(toolbox_model, args.backbone)
+    )
     image = torch.randn(2 if args.dynamic else 1, 3, *shape)
     about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')
     try:
         if args.format == 'onnx':
-            options = dict(exporter=args.exporter, operator=args.operator)
             export_onnx(
-                model,
-                image,
-                partial,
+                *(model, image, partial),
                 dynamic=args.dynamic,
                 opset=args.opset,
-                **options,
+                exporter=args.exporter,
+                operator=args.operator,
             )
-            _add_metadata(partial, about)
         else:
             decompose = args.operator == 'standard'
             kept = dict(dynamic=args.dynamic, decompose=decompose, about=about)
@@ -362,34 +385,56 @@ def main(args: argparse.Namespace) -> None:
         # Not with the model as it was written, in which batch norms are folded.
         reference = Exported(toolbox_model, args.backbone, fold=False)
         run = load(partial, args.format, operator=args.operator)
-        worst = compare(reference, run, shapes)
+        counts = []
+
+        def check(boxes: list, maps: list, size: Sequence[int]) -> None:
+            counts.append(check_boxes(toolbox_model, boxes, maps, size))
+
+        worst = compare(reference, run, shapes, check if args.boxes else None)
+        if args.format == 'onnx':
+            _finish(partial, about, args.boxes)
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
     console.print(
         f'{out}: {model.kind}, {out.stat().st_size / 1e6:.1f} MB, at most {worst:.1e} '
         f'of scale from PyTorch at {", ".join("x".join(map(str, s)) for s in shapes)}'
+        + (
+            f'; its {sum(counts)} boxes there are those of MMDetection'
+            if counts
+            else ''
+        )
     )
 
 
 def _check(args: argparse.Namespace, out: Path) -> None:
-    """Refuse what cannot work, before anything is built."""
+    """Refuse what cannot work, before it is built; fill in ONNX's defaults."""
     if args.format == 'onnx':
+        exporter = args.exporter = args.exporter or 'torchscript'
+        opset = args.opset = 18 if args.opset is None else args.opset
         custom = args.operator == 'custom'
-        dynamo = args.exporter == 'dynamo'
+        dynamo = exporter == 'dynamo'
         need('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else []))
-        if dynamo and custom:
-            raise UserError('--operator custom needs --exporter torchscript.')
+        if dynamo and (custom or args.boxes):
+            flag = '--operator custom' if custom else '--boxes'
+            raise UserError(f'{flag} needs --exporter torchscript.')
         lowest, highest = OPSETS[args.exporter]
-        if not lowest <= args.opset <= highest:
+        lowest = max(lowest, OPSET) if args.boxes else lowest
+        if not lowest <= opset <= highest:
             raise UserError(
-                f'--opset {args.opset}: --exporter {args.exporter} writes {lowest} to '
-                f'{highest}.'
+                f'--opset {opset}: --exporter {exporter} writes {lowest} to {highest}'
+                f'{" with --boxes" if args.boxes else ""}.'
             )
         if custom:
             import onnxruntime
 
             register_custom_operators(onnxruntime.SessionOptions())
+    else:
+        for flag in ('opset', 'exporter', 'boxes'):
+            if getattr(args, flag) not in (None, False):
+                raise UserError(f'--{flag} is for --format onnx.')
+    if args.boxes and args.backbone:
+        raise UserError('--boxes and --backbone: a backbone has no boxes.')
     if not out.name or out.is_dir():
         raise UserError(f'--out: {args.out!r} is a folder; name the file to write.')
     if not out.parent.is_dir():
@@ -400,11 +445,14 @@ def _check(args: argparse.Namespace, out: Path) -> None:
         raise UserError('--shape: HEIGHT and WIDTH are pixels, at least 1 of each.')
 
 
-def _add_metadata(file: Path, about: dict[str, str]) -> None:
+def _finish(file: Path, about: dict[str, str], boxes: bool) -> None:
+    """Add metadata, and with boxes take the maps out that they were compared by."""
     import onnx
 
     proto = onnx.load(file)
-    for key, value in about.items():
-        entry = proto.metadata_props.add()
-        entry.key, entry.value = key, value
+    onnx.helper.set_model_props(proto, about)
+    if boxes:
+        outputs = [o for o in proto.graph.output if o.name in BOXES]
+        del proto.graph.output[:]
+        proto.graph.output.extend(outputs)
     onnx.save(proto, file)

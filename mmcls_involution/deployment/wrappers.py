@@ -87,6 +87,14 @@ class Exported(nn.Module):
         levels = len(outputs) // len(parts)
         return [f'{part}{i}' for part in parts for i in range(levels)]
 
+    def axes(self, name: str) -> dict[int, str]:
+        """Names of the axes of an output that vary with the image."""
+        if self.kind == 'classifier':
+            return {0: 'batch'}
+        # ONNX Runtime takes what is called alike to be of one size.
+        prefix = '' if self.kind == 'segmenter' else f'{name}_'
+        return {0: 'batch', 2: f'{prefix}height', 3: f'{prefix}width'}
+
 
 class _AnySizePool(nn.Module):
     """nn.AdaptiveAvgPool2d by two matrices: ONNX has it for one output pixel alone."""

@@ -1,0 +1,441 @@
+"""Detectors whose boxes are part of the graph, by NonMaxSuppression and RoiAlign.
+
+What MMDetection's heads do after their convolutions asks Python how many boxes there
+are, which no graph can. Here every number of boxes is fixed: too few are filled up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.onnx import symbolic_helper
+
+from mmcls_involution.deployment.runtime import detections
+from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.errors import UserError
+
+BOXES = ('dets', 'labels', 'masks')
+OPSET = 16  # the first whose RoiAlign has aligned boxes
+ALIKE = 0.99  # IoU of the same box from two runtimes
+UNLIKE = 0.02  # part of the boxes that may differ: rounding decides who is suppressed
+
+
+class WithBoxes(Exported):
+    """A detector as a function of normalized images ``[N, 3, H, W]``.
+
+    Args:
+        model (nn.Module): A detector of MMDetection; a copy of it is changed.
+
+    Raises:
+        UserError: If it is none, or one whose boxes are made in another way.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if why := _why_not(self.model, self.kind):
+            raise UserError(
+                f'--boxes: {why}. Without --boxes the maps of the heads are exported.'
+            )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Boxes, then what :class:`Exported` gives.
+
+        Returns:
+            tuple[Tensor]: ``dets`` ``[N, K, 5]``, boxes in pixels of the image and
+            their scores, falling; ``labels`` ``[N, K]``; with a mask head ``masks``
+            ``[N, K, h, w]``, probabilities in the box. K is ``max_per_img``; what is
+            missing has score 0 and label -1.
+        """
+        maps = super().forward(image)
+        # Of the shape as a tensor, which stays a part of the graph.
+        limits = torch._shape_as_tensor(image)[[3, 2, 3, 2]].to(image)
+        if not hasattr(self.model, 'roi_head'):
+            return *_one_stage(self.model.bbox_head, maps, limits), *maps
+        levels = self.model.rpn_head.prior_generator.num_levels
+        features, maps_of_rpn = maps[: -2 * levels], maps[-2 * levels :]
+        rois, found = _proposals(self.model.rpn_head, maps_of_rpn, limits)
+        roi_head = self.model.roi_head
+        dets, labels = _second_stage(roi_head, features, rois, found, limits)
+        boxes = [dets, labels]
+        if roi_head.with_mask:
+            boxes.append(_masks(roi_head, features, dets[..., :4], labels))
+        return *boxes, *maps
+
+    def names(self, outputs: tuple[Tensor, ...]) -> list[str]:
+        """Names of the outputs, given the outputs."""
+        masks = hasattr(self.model, 'roi_head') and self.model.roi_head.with_mask
+        boxes = BOXES if masks else BOXES[:2]
+        return [*boxes, *super().names(outputs[len(boxes) :])]
+
+    def axes(self, name: str) -> dict[int, str]:
+        """Names of the axes of an output that vary with the image."""
+        return {0: 'batch'} if name in BOXES else super().axes(name)
+
+
+def _why_not(model: nn.Module, kind: str) -> str | None:
+    """Why the boxes of a model are not those that this file makes."""
+    if kind != 'detector':
+        return f'{type(model).__name__} is no detector'
+    from mmdet.models import StandardRoIHead
+    from mmdet.models.dense_heads import AnchorHead, RPNHead
+    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
+    from mmdet.models.roi_heads.bbox_heads import BBoxHead
+    from mmdet.models.roi_heads.mask_heads import FCNMaskHead
+    from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
+
+    def differs(thing: nn.Module, kind: type, method: str | None = None) -> str | None:
+        if not isinstance(thing, kind) or (
+            method and getattr(type(thing), method) is not getattr(kind, method)
+        ):
+            return f'{type(thing).__name__} makes boxes in a way of its own'
+        coder = getattr(thing, 'bbox_coder', None)
+        if coder is not None and type(coder).__name__ != 'DeltaXYWHBBoxCoder':
+            return f'{type(coder).__name__} codes boxes in a way of its own'
+        return None
+
+    two_stages = hasattr(model, 'roi_head')
+    head = model.rpn_head if two_stages else model.bbox_head
+    cfgs = [head.test_cfg]
+    method = '_predict_by_feat_single'
+    if not isinstance(head, AnchorHead):
+        return f'{type(head).__name__} has no anchors'
+    whys = [differs(head, RPNHead if two_stages else BaseDenseHead, method)]
+    if two_stages:
+        roi_head = model.roi_head
+        cfgs.append(roi_head.test_cfg)
+        whys.append(differs(roi_head, StandardRoIHead, 'predict_bbox'))
+        if not any(whys):
+            whys.append(differs(roi_head.bbox_head, BBoxHead, method))
+            whys.append(differs(roi_head.bbox_roi_extractor, SingleRoIExtractor))
+            if roi_head.with_shared_head:
+                whys.append('its second stage has a shared head')
+            if roi_head.with_mask:
+                whys.append(differs(roi_head.mask_head, FCNMaskHead))
+                whys.append(differs(roi_head.mask_roi_extractor, SingleRoIExtractor))
+    if cfgs[0].get('nms_pre', -1) < 1:
+        whys.append('its test_cfg sets no nms_pre, which bounds the number of boxes')
+    for cfg in cfgs:
+        kind = cfg.nms.get('type', 'nms')
+        if kind != 'nms' or cfg.nms.get('class_agnostic'):
+            whys.append(f'its test_cfg suppresses boxes by {dict(cfg.nms)}')
+    return next(filter(None, whys), None)
+
+
+# The stages ---------------------------------------------------------------------------
+
+
+def _one_stage(
+    head: Any, maps: Sequence[Tensor], limits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MMDetection's BaseDenseHead._predict_by_feat_single, of a batch."""
+    cfg = head.test_cfg
+    boxes, scores, labels, _ = _candidates(head, maps, limits)
+    grouped = _of_groups(scores, labels, head.num_classes)
+    kept = _suppress(boxes, grouped, cfg.nms.iou_threshold, cfg.score_thr).sum(1)
+    return _best(boxes, kept, labels, cfg.max_per_img)
+
+
+def _proposals(
+    head: Any, maps: Sequence[Tensor], limits: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MMDetection's RPNHead._predict_by_feat_single: [N, R, 4], and which are any."""
+    cfg = head.test_cfg
+    boxes, scores, _, levels = _candidates(head, maps, limits)
+    grouped = _of_groups(scores, levels, head.prior_generator.num_levels)
+    kept = _suppress(boxes, grouped, cfg.nms.iou_threshold, 0).sum(1)
+    dets, _ = _best(boxes, kept, levels, cfg.max_per_img)
+    return dets[..., :4], dets[..., 4] > 0
+
+
+def _second_stage(
+    roi_head: Any, features: Sequence[Tensor], rois: Tensor, found: Tensor, limits
+) -> tuple[Tensor, Tensor]:
+    """MMDetection's StandardRoIHead.predict_bbox of rois [N, R, 4]."""
+    cfg, head = roi_head.test_cfg, roi_head.bbox_head
+    classes, count = head.num_classes, rois.shape[1]
+    scores, deltas = head(_extract(roi_head.bbox_roi_extractor, features, rois))
+    scores = scores.softmax(-1)[:, :-1].reshape(-1, count, classes)
+    scores = torch.where(found[..., None], scores, -torch.ones_like(scores))
+    kinds = 1 if head.reg_class_agnostic else classes
+    rois = rois[:, :, None].expand(-1, -1, kinds, -1)
+    boxes = _decode(head.bbox_coder, rois, deltas, limits)
+    boxes = boxes.expand(-1, -1, classes, -1).permute(0, 2, 1, 3)  # [N, C, R, 4]
+    # Each class of each image is an image of its own.
+    kept = _suppress(
+        boxes.reshape(-1, count, 4),
+        scores.permute(0, 2, 1).reshape(-1, 1, count),
+        cfg.nms.iou_threshold,
+        cfg.score_thr,
+    )
+    kept = kept.reshape(-1, classes * count)
+    labels = torch.arange(classes, device=kept.device)[:, None].expand(-1, count)
+    labels = labels.reshape(1, -1).expand_as(kept)
+    return _best(boxes.reshape(-1, classes * count, 4), kept, labels, cfg.max_per_img)
+
+
+def _masks(
+    roi_head: Any, features: Sequence[Tensor], boxes: Tensor, labels: Tensor
+) -> Tensor:
+    """MMDetection's StandardRoIHead.predict_mask, before masks are laid into images."""
+    logits = roi_head.mask_head(
+        _extract(roi_head.mask_roi_extractor, features, boxes)
+    )  # [N * K, C, h, w]
+    if roi_head.mask_head.class_agnostic:
+        chosen = logits[:, :1]
+    else:
+        index = labels.reshape(-1, 1, 1, 1).clamp(min=0)
+        chosen = logits.gather(1, index.expand(-1, -1, *logits.shape[2:]))
+    return chosen.sigmoid().reshape(-1, boxes.shape[1], *logits.shape[2:])
+
+
+# Their parts --------------------------------------------------------------------------
+
+
+def _candidates(
+    head: Any, maps: Sequence[Tensor], limits: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The best `nms_pre` of each level: [N, P, 4], and scores, labels, levels [N, P].
+
+    A score below 0 is that of no box.
+    """
+    cfg, count = head.test_cfg, head.test_cfg.nms_pre
+    classes = head.num_classes
+    middle = len(maps) // 2
+    priors = head.prior_generator.grid_priors(
+        [score.shape[-2:] for score in maps[:middle]],
+        dtype=maps[0].dtype,
+        device=maps[0].device,
+    )
+    found = []
+    for level, (score, delta, prior) in enumerate(
+        zip(maps[:middle], maps[middle:], priors, strict=True)
+    ):
+        score = score.permute(0, 2, 3, 1).reshape(
+            score.shape[0], -1, head.cls_out_channels
+        )
+        score = score.sigmoid() if head.use_sigmoid_cls else score.softmax(-1)
+        score = F.pad(score[..., :classes].flatten(1), (0, count), value=-1.0)
+        best, index = score.topk(count)
+        index = torch.where(best < 0, torch.zeros_like(index), index)
+        place = torch.div(index, classes, rounding_mode='floor')
+        delta = delta.permute(0, 2, 3, 1).reshape(delta.shape[0], -1, 4)
+        found.append(
+            (
+                prior[place],
+                delta.gather(1, place[..., None].expand(-1, -1, 4)),
+                best,
+                index % classes,
+                torch.full_like(index, level),
+            )
+        )
+    prior, delta, scores, labels, levels = (
+        torch.cat(parts, 1) for parts in zip(*found, strict=True)
+    )
+    boxes = _decode(head.bbox_coder, prior, delta, limits)
+    smallest = cfg.get('min_bbox_size', -1)
+    if smallest >= 0:
+        large = ((boxes[..., 2:] - boxes[..., :2]) > smallest).all(-1)
+        scores = torch.where(large, scores, -torch.ones_like(scores))
+    return boxes, scores, labels, levels
+
+
+def _decode(coder: Any, priors: Tensor, deltas: Tensor, limits: Tensor) -> Tensor:
+    """Boxes in the shape of `priors`, [..., 4], inside the image if the coder says."""
+    boxes = coder.decode(priors.reshape(-1, 4), deltas.reshape(-1, 4))
+    if coder.clip_border:
+        boxes = torch.minimum(boxes.clamp(min=0), limits)
+    return boxes.reshape(priors.shape)
+
+
+def _of_groups(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """[N, P] to [N, count, P]: the score in the row of its group, -1 elsewhere."""
+    rows = torch.arange(count, device=scores.device)[:, None]
+    scores = scores[:, None]
+    return torch.where(groups[:, None] == rows, scores, -torch.ones_like(scores))
+
+
+def _suppress(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:
+    """Scores [B, C, P], 0 where a box [B, P, 4] is suppressed within its class."""
+    index = _non_max_suppression(boxes, scores, float(iou), float(above))
+    places = index[:, 0], index[:, 1], index[:, 2]
+    return torch.zeros_like(scores).index_put(places, scores[places])
+
+
+def _best(
+    boxes: Tensor, scores: Tensor, labels: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores [N, P]: boxes with them [N, K, 5], labels [N, K]."""
+    # P is a number of the config, and that of a graph's first run.
+    score, index = scores.topk(min(count, int(scores.shape[1])))
+    box = boxes.gather(1, index[..., None].expand(-1, -1, 4))
+    label = torch.where(score > 0, labels.gather(1, index), -torch.ones_like(index))
+    box = torch.where((score > 0)[..., None], box, torch.zeros_like(box))
+    return torch.cat([box, score[..., None]], -1), label
+
+
+def _extract(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tensor:
+    """MMDetection's SingleRoIExtractor of boxes [N, R, 4]: [N * R, C, h, w]."""
+    image = torch.arange(boxes.shape[0], device=boxes.device)[:, None]
+    image = image.expand(-1, boxes.shape[1]).reshape(-1)
+    boxes = boxes.reshape(-1, 4)
+    features = features[: extractor.num_inputs]
+    rois = torch.cat([image[:, None].to(boxes), boxes], 1)
+    level = extractor.map_roi_levels(rois, len(features))
+    size = extractor.roi_layers[0].output_size
+    out = boxes.new_zeros(boxes.shape[0], extractor.out_channels, *size)
+    for i, (feature, layer) in enumerate(
+        zip(features, extractor.roi_layers, strict=True)
+    ):
+        (chosen,) = (level == i).nonzero(as_tuple=True)
+        crops = _roi_align(
+            *(feature, boxes[chosen], image[chosen], size),
+            *(layer.spatial_scale, layer.sampling_ratio, layer.aligned),
+        )
+        out = out.index_put((chosen,), crops)
+    return out
+
+
+# Operators, so that a trace has one node of each.
+
+
+@torch.library.custom_op('mmcls_involution::non_max_suppression', mutates_args=())
+def _non_max_suppression(
+    boxes: Tensor, scores: Tensor, iou: float, above: float
+) -> Tensor:
+    """ONNX's NonMaxSuppression: [K, 3], image, class and place of what is kept."""
+    from mmcv.ops import nms
+
+    found = [boxes.new_zeros(0, 3, dtype=torch.long)]
+    for image in range(scores.shape[0]):
+        for group in range(scores.shape[1]):
+            score = scores[image, group]
+            (places,) = (score > above).nonzero(as_tuple=True)
+            _, kept = nms(boxes[image, places], score[places], iou)
+            where = places.new_tensor([image, group]).expand(len(kept), -1)
+            found.append(torch.cat([where, places[kept, None]], 1))
+    return torch.cat(found)
+
+
+@torch.library.custom_op('mmcls_involution::roi_align', mutates_args=())
+def _roi_align(
+    feature: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    size: Sequence[int],
+    scale: float,
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    """ONNX's RoiAlign of boxes [R, 4] in the images [R]."""
+    from mmcv.ops import roi_align
+
+    rois = torch.cat([image[:, None].to(boxes), boxes], 1)
+    return roi_align(feature, rois, tuple(size), scale, samples, 'avg', aligned)
+
+
+@symbolic_helper.parse_args('v', 'v', 'f', 'f')
+def _write_suppression(g: Any, boxes: Any, scores: Any, iou: float, above: float):
+    def constant(value: float, dtype: torch.dtype) -> Any:
+        return g.op('Constant', value_t=torch.tensor([value], dtype=dtype))
+
+    return g.op(
+        'NonMaxSuppression',
+        *(boxes, scores, constant(2**31 - 1, torch.int64)),
+        *(constant(iou, torch.float32), constant(above, torch.float32)),
+    )
+
+
+@symbolic_helper.parse_args('v', 'v', 'v', 'is', 'f', 'i', 'b')
+def _write_roi_align(
+    g: Any,
+    feature: Any,
+    boxes: Any,
+    image: Any,
+    size: list[int],
+    scale: float,
+    samples: int,
+    aligned: bool,
+):
+    # MMCV's own form means what the operator was before opset 16.
+    return g.op(
+        'RoiAlign',
+        *(feature, boxes, image),
+        coordinate_transformation_mode_s='half_pixel'
+        if aligned
+        else 'output_half_pixel',
+        output_height_i=size[0],
+        output_width_i=size[1],
+        sampling_ratio_i=max(samples, 0),
+        spatial_scale_f=scale,
+    )
+
+
+for _name, _write in (
+    ('non_max_suppression', _write_suppression),
+    ('roi_align', _write_roi_align),
+):
+    torch.onnx.register_custom_op_symbolic(f'mmcls_involution::{_name}', _write, OPSET)
+
+
+# The check ----------------------------------------------------------------------------
+
+
+def check_boxes(
+    model: nn.Module,
+    boxes: Sequence[Tensor],
+    maps: Sequence[Tensor],
+    size: Sequence[int],
+) -> int:
+    """Compare the boxes of a file with those that MMDetection makes of its maps.
+
+    Args:
+        model (nn.Module): The detector of MMDetection.
+        boxes (Sequence[Tensor]): ``dets``, ``labels`` and maybe ``masks`` of the file.
+        maps (Sequence[Tensor]): Its other outputs.
+        size (Sequence[int]): Height and width of the images.
+
+    Returns:
+        int: How many boxes were compared.
+
+    Raises:
+        UserError: If more than one in fifty has no twin: of its label, of an IoU of at
+            least 0.99, with a score within 1e-4, and a mask of as much IoU.
+    """
+    from mmdet.structures.bbox import bbox_overlaps
+
+    expected = detections(model, list(maps), tuple(size))
+    compared = lonely = 0
+    for image, theirs in enumerate(expected):
+        (any_,) = (boxes[1][image] >= 0).nonzero(as_tuple=True)
+        dets, labels = boxes[0][image, any_], boxes[1][image, any_]
+        twins = (
+            (bbox_overlaps(dets[:, :4], theirs.bboxes) >= ALIKE)
+            & ((dets[:, 4:] - theirs.scores).abs() <= 1e-4)
+            & (labels[:, None] == theirs.labels)
+        )
+        if len(boxes) == len(BOXES) and len(dets) and len(theirs):
+            ours = _laid_out(boxes[2][image, any_], dets[:, :4], size, model)
+            ours, others = ours.flatten(1).float(), theirs.masks.flatten(1).float()
+            both = ours @ others.T
+            either = ours.sum(1, keepdim=True) + others.sum(1) - both
+            twins &= both >= ALIKE * either
+        compared += max(twins.shape)
+        lonely += max((~twins.any(1)).sum().item(), (~twins.any(0)).sum().item())
+    if lonely > UNLIKE * compared:
+        raise UserError(
+            f'The exported model differs from MMDetection: {lonely} of {compared} '
+            f'boxes in images of {tuple(size)} have no twin. No file was written.'
+        )
+    return compared
+
+
+def _laid_out(masks: Tensor, boxes: Tensor, size: Sequence[int], model: Any) -> Tensor:
+    """Masks [K, h, w] of boxes as masks of the image [K, H, W]."""
+    from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
+
+    laid, _ = _do_paste_mask(masks[:, None], boxes, *size, skip_empty=False)
+    return laid >= model.roi_head.test_cfg.mask_thr_binary
