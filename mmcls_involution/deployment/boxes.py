@@ -119,9 +119,8 @@ def _why_not(model: nn.Module, kind: str) -> str | None:
     if cfgs[0].get('nms_pre', -1) < 1:
         whys.append('its test_cfg sets no nms_pre, which bounds the number of boxes')
     for cfg in cfgs:
-        kind = cfg.nms.get('type', 'nms')
-        if kind != 'nms' or cfg.nms.get('class_agnostic'):
-            whys.append(f'its test_cfg suppresses boxes by {dict(cfg.nms)}')
+        if cfg.nms.get('type', 'nms') != 'nms':
+            whys.append(f'its test_cfg suppresses boxes by {cfg.nms.type}')
     return next(filter(None, whys), None)
 
 
@@ -134,8 +133,7 @@ def _one_stage(
     """MMDetection's BaseDenseHead._predict_by_feat_single, of a batch."""
     cfg = head.test_cfg
     boxes, scores, labels, _ = _candidates(head, maps, limits)
-    grouped = _of_groups(scores, labels, head.num_classes)
-    kept = _suppress(boxes, grouped, cfg.nms.iou_threshold, cfg.score_thr).sum(1)
+    kept = _suppress_groups(boxes, scores, labels, head.num_classes, cfg)
     return _best(boxes, kept, labels, cfg.max_per_img)
 
 
@@ -145,8 +143,8 @@ def _proposals(
     """MMDetection's RPNHead._predict_by_feat_single: [N, R, 4], and which are any."""
     cfg = head.test_cfg
     boxes, scores, _, levels = _candidates(head, maps, limits)
-    grouped = _of_groups(scores, levels, head.prior_generator.num_levels)
-    kept = _suppress(boxes, grouped, cfg.nms.iou_threshold, 0).sum(1)
+    count = head.prior_generator.num_levels
+    kept = _suppress_groups(boxes, scores, levels, count, cfg)
     dets, _ = _best(boxes, kept, levels, cfg.max_per_img)
     return dets[..., :4], dets[..., 4] > 0
 
@@ -164,10 +162,11 @@ def _second_stage(
     rois = rois[:, :, None].expand(-1, -1, kinds, -1)
     boxes = _decode(head.bbox_coder, rois, deltas, limits)
     boxes = boxes.expand(-1, -1, classes, -1).permute(0, 2, 1, 3)  # [N, C, R, 4]
-    # Each class of each image is an image of its own.
+    # What suppresses each other is an image of its own: its boxes of a class, or all.
+    together = classes * count if cfg.nms.get('class_agnostic') else count
     kept = _suppress(
-        boxes.reshape(-1, count, 4),
-        scores.permute(0, 2, 1).reshape(-1, 1, count),
+        boxes.reshape(-1, together, 4),
+        scores.permute(0, 2, 1).reshape(-1, 1, together),
         cfg.nms.iou_threshold,
         cfg.score_thr,
     )
@@ -251,11 +250,17 @@ def _decode(coder: Any, priors: Tensor, deltas: Tensor, limits: Tensor) -> Tenso
     return boxes.reshape(priors.shape)
 
 
-def _of_groups(scores: Tensor, groups: Tensor, count: int) -> Tensor:
-    """[N, P] to [N, count, P]: the score in the row of its group, -1 elsewhere."""
-    rows = torch.arange(count, device=scores.device)[:, None]
-    scores = scores[:, None]
-    return torch.where(groups[:, None] == rows, scores, -torch.ones_like(scores))
+def _suppress_groups(
+    boxes: Tensor, scores: Tensor, groups: Tensor, count: int, cfg: Any
+) -> Tensor:
+    """Scores [N, P], 0 where a box is suppressed by one of its group."""
+    grouped = scores[:, None]
+    if not cfg.nms.get('class_agnostic'):  # [N, count, P], -1 but in the own group
+        rows = torch.arange(count, device=scores.device)[:, None]
+        others = -torch.ones_like(grouped)
+        grouped = torch.where(groups[:, None] == rows, grouped, others)
+    above = cfg.get('score_thr', 0)
+    return _suppress(boxes, grouped, cfg.nms.iou_threshold, above).sum(1)
 
 
 def _suppress(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:

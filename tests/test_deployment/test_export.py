@@ -222,12 +222,20 @@ def detector(name: str, score_thr: float = 0.0) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    'name, agnostic',
-    [*((name, False) for name in DETECTORS), ('faster-rcnn', True)],
+    'name, change',
+    [
+        *((name, None) for name in DETECTORS),
+        ('retinanet', 'nms for all classes'),
+        ('faster-rcnn', 'nms for all classes'),
+        ('faster-rcnn', 'a box for all classes'),
+    ],
 )
-def test_boxes_are_those_of_mmdetection(name, agnostic):
+def test_boxes_are_those_of_mmdetection(name, change):
     model = detector(name)
-    if agnostic:  # one box for all classes
+    if change == 'nms for all classes':
+        head = model.bbox_head if name == 'retinanet' else model.roi_head
+        head.test_cfg.nms.class_agnostic = True
+    elif change:
         head = model.roi_head.bbox_head
         head.reg_class_agnostic = True
         head.fc_reg = nn.Linear(64, 4)
