@@ -55,10 +55,12 @@ def check_positive(arguments: dict[str, object]) -> None:
 
 def check_input(input: Tensor, channels: int | None = None) -> None:
     """Refuse what is no image; with `channels`, one with another number of them."""
-    shape = tuple(input.shape)
-    if input.dim() != 4 or channels not in (None, shape[1]):
-        expected = 'C' if channels is None else channels
-        raise ValueError(f'input must be [N, {expected}, H, W], got shape {shape}')
+    expected = 'C' if channels is None else channels
+    # Not by `in`: torch.compile takes a size it does not know for unequal.
+    if input.dim() != 4 or (channels is not None and input.shape[1] != channels):
+        raise ValueError(
+            f'input must be [N, {expected}, H, W], got shape {tuple(input.shape)}'
+        )
     if input.dtype not in DTYPES:
         raise ValueError(f'input must be one of {DTYPES}, got {input.dtype}')
     h, w = input.shape[2:]
