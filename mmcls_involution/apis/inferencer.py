@@ -14,7 +14,7 @@ import numpy as np
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.logging import MMLogger, print_log
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS, FUNCTIONS, Registry, init_default_scope
 from mmengine.runner import load_checkpoint
 
 from mmcls_involution import models  # noqa: F401 (registers models and paddleclas://)
@@ -133,6 +133,10 @@ def build_inferencer(
     # Loaded below, and all three in the same way: theirs keep random values for what
     # they do not find, and take COCO's or Cityscapes' classes for unknown ones.
     cfg.load_from = None
+    # The toolboxes have no functions of their own, and MMEngine warns of it.
+    if scope not in FUNCTIONS.children:
+        where = [f'{scope}.registry']
+        Registry('function', parent=FUNCTIONS, scope=scope, locations=where)
     device = device or get_device()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # that no weights are loaded yet

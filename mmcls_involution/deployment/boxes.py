@@ -20,8 +20,16 @@ from mmcls_involution.engine.errors import UserError
 
 BOXES = ('dets', 'labels', 'masks')
 OPSET = 16  # the first whose RoiAlign has aligned boxes
-ALIKE = 0.99  # IoU of the same box from two runtimes
-UNLIKE = 0.02  # part of the boxes that may differ: rounding decides who is suppressed
+ALIKE = 0.1  # pixels between the edges of the same box from two runtimes
+UNSURE = 1e-3  # a pixel whose probability is so near to the threshold may be either
+UNMATCHED = 0.02  # part of the boxes that may be others: rounding suppresses some
+CODER = 'DeltaXYWHBBoxCoder'
+NMS = {'iou_threshold', 'class_agnostic', 'split_thr'}  # what is known of its settings
+# What MMDetection makes boxes by. The second row is of heads of second stages.
+METHODS = (
+    *('predict', 'predict_by_feat', '_predict_by_feat_single', '_bbox_post_process'),
+    *('predict_bbox', 'predict_mask', '_bbox_forward', '_mask_forward'),
+)
 
 
 class WithBoxes(Exported):
@@ -47,8 +55,9 @@ class WithBoxes(Exported):
         Returns:
             tuple[Tensor]: ``dets`` ``[N, K, 5]``, boxes in pixels of the image and
             their scores, falling; ``labels`` ``[N, K]``; with a mask head ``masks``
-            ``[N, K, h, w]``, probabilities in the box. K is ``max_per_img``; what is
-            missing has score 0 and label -1.
+            ``[N, K, h, w]``, probabilities in the box. K is ``max_per_img``, or the
+            number of candidates if that is smaller; what is missing has score 0 and
+            label -1.
         """
         maps = super().forward(image)
         # Of the shape as a tensor, which stays a part of the graph.
@@ -80,48 +89,60 @@ def _why_not(model: nn.Module, kind: str) -> str | None:
     """Why the boxes of a model are not those that this file makes."""
     if kind != 'detector':
         return f'{type(model).__name__} is no detector'
-    from mmdet.models import StandardRoIHead
+    from mmcv.ops import RoIAlign
+    from mmdet.models import SingleStageDetector, StandardRoIHead, TwoStageDetector
     from mmdet.models.dense_heads import AnchorHead, RPNHead
-    from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
     from mmdet.models.roi_heads.bbox_heads import BBoxHead
     from mmdet.models.roi_heads.mask_heads import FCNMaskHead
     from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
-    def differs(thing: nn.Module, kind: type, method: str | None = None) -> str | None:
-        if not isinstance(thing, kind) or (
-            method and getattr(type(thing), method) is not getattr(kind, method)
-        ):
-            return f'{type(thing).__name__} makes boxes in a way of its own'
-        coder = getattr(thing, 'bbox_coder', None)
-        if coder is not None and type(coder).__name__ != 'DeltaXYWHBBoxCoder':
-            return f'{type(coder).__name__} codes boxes in a way of its own'
-        return None
-
     two_stages = hasattr(model, 'roi_head')
     head = model.rpn_head if two_stages else model.bbox_head
-    cfgs = [head.test_cfg]
-    method = '_predict_by_feat_single'
     if not isinstance(head, AnchorHead):
         return f'{type(head).__name__} has no anchors'
-    whys = [differs(head, RPNHead if two_stages else BaseDenseHead, method)]
+    parts = [
+        (model, TwoStageDetector if two_stages else SingleStageDetector),
+        (head, RPNHead if two_stages else AnchorHead),
+    ]
+    cfgs = [head.test_cfg]
+    extractors = []
     if two_stages:
         roi_head = model.roi_head
+        if roi_head.with_shared_head:
+            return 'its second stage has a shared head'
         cfgs.append(roi_head.test_cfg)
-        whys.append(differs(roi_head, StandardRoIHead, 'predict_bbox'))
-        if not any(whys):
-            whys.append(differs(roi_head.bbox_head, BBoxHead, method))
-            whys.append(differs(roi_head.bbox_roi_extractor, SingleRoIExtractor))
-            if roi_head.with_shared_head:
-                whys.append('its second stage has a shared head')
-            if roi_head.with_mask:
-                whys.append(differs(roi_head.mask_head, FCNMaskHead))
-                whys.append(differs(roi_head.mask_roi_extractor, SingleRoIExtractor))
-    if cfgs[0].get('nms_pre', -1) < 1:
-        whys.append('its test_cfg sets no nms_pre, which bounds the number of boxes')
+        parts += [(roi_head, StandardRoIHead), (roi_head.bbox_head, BBoxHead)]
+        extractors.append(roi_head.bbox_roi_extractor)
+        if roi_head.with_mask:
+            parts.append((roi_head.mask_head, FCNMaskHead))
+            extractors.append(roi_head.mask_roi_extractor)
+    for part, known in parts:
+        coder = getattr(part, 'bbox_coder', None)
+        loss = getattr(part, 'loss_cls', None)
+        if not isinstance(part, known) or any(
+            getattr(type(part), name, None) is not getattr(known, name, None)
+            for name in METHODS
+        ):
+            return f'{type(part).__name__} makes boxes in a way of its own'
+        if coder and (type(coder).__name__ != CODER or coder.use_box_type):
+            return f'{type(coder).__name__} codes boxes in a way of its own'
+        if getattr(loss, 'custom_cls_channels', False):
+            return f'{type(loss).__name__} has an activation of its own'
+    for extractor in extractors:
+        if type(extractor) is not SingleRoIExtractor or any(
+            type(layer) is not RoIAlign or layer.pool_mode != 'avg'
+            for layer in extractor.roi_layers
+        ):
+            return f'{type(extractor).__name__} crops by other than averaging RoIAlign'
+    bounds = [(cfgs[0], 'nms_pre'), *((cfg, 'max_per_img') for cfg in cfgs)]
+    for cfg, key in bounds:
+        if cfg.get(key, -1) < 1:
+            return f'its test_cfg sets no {key}, which bounds the number of boxes'
     for cfg in cfgs:
-        if cfg.nms.get('type', 'nms') != 'nms':
-            whys.append(f'its test_cfg suppresses boxes by {cfg.nms.type}')
-    return next(filter(None, whys), None)
+        nms = dict(cfg.get('nms') or {})
+        if nms.pop('type', 'nms') != 'nms' or not {'iou_threshold'} <= set(nms) <= NMS:
+            return f'its test_cfg suppresses boxes by {cfg.get("nms")}'
+    return None
 
 
 # The stages ---------------------------------------------------------------------------
@@ -133,7 +154,8 @@ def _one_stage(
     """MMDetection's BaseDenseHead._predict_by_feat_single, of a batch."""
     cfg = head.test_cfg
     boxes, scores, labels, _ = _candidates(head, maps, limits)
-    kept = _suppress_groups(boxes, scores, labels, head.num_classes, cfg)
+    above = cfg.get('score_thr', 0)
+    kept = _suppress_groups(boxes, scores, labels, head.num_classes, cfg.nms, above)
     return _best(boxes, kept, labels, cfg.max_per_img)
 
 
@@ -144,7 +166,7 @@ def _proposals(
     cfg = head.test_cfg
     boxes, scores, _, levels = _candidates(head, maps, limits)
     count = head.prior_generator.num_levels
-    kept = _suppress_groups(boxes, scores, levels, count, cfg)
+    kept = _suppress_groups(boxes, scores, levels, count, cfg.nms, above=0)
     dets, _ = _best(boxes, kept, levels, cfg.max_per_img)
     return dets[..., :4], dets[..., 4] > 0
 
@@ -251,16 +273,15 @@ def _decode(coder: Any, priors: Tensor, deltas: Tensor, limits: Tensor) -> Tenso
 
 
 def _suppress_groups(
-    boxes: Tensor, scores: Tensor, groups: Tensor, count: int, cfg: Any
+    boxes: Tensor, scores: Tensor, groups: Tensor, count: int, nms: Any, above: float
 ) -> Tensor:
     """Scores [N, P], 0 where a box is suppressed by one of its group."""
     grouped = scores[:, None]
-    if not cfg.nms.get('class_agnostic'):  # [N, count, P], -1 but in the own group
+    if not nms.get('class_agnostic'):  # [N, count, P], -1 but in the own group
         rows = torch.arange(count, device=scores.device)[:, None]
         others = -torch.ones_like(grouped)
         grouped = torch.where(groups[:, None] == rows, grouped, others)
-    above = cfg.get('score_thr', 0)
-    return _suppress(boxes, grouped, cfg.nms.iou_threshold, above).sum(1)
+    return _suppress(boxes, grouped, nms.iou_threshold, above).sum(1)
 
 
 def _suppress(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:
@@ -407,40 +428,38 @@ def check_boxes(
         int: How many boxes were compared.
 
     Raises:
-        UserError: If more than one in fifty has no twin: of its label, of an IoU of at
-            least 0.99, with a score within 1e-4, and a mask of as much IoU.
+        UserError: If more than one in fifty has no match: of its label, with edges
+            within 0.1 pixels, with a score within 1e-4, and a mask that has the same
+            pixels but for those within 1e-3 of the threshold.
     """
-    from mmdet.structures.bbox import bbox_overlaps
-
     expected = detections(model, list(maps), tuple(size))
-    compared = lonely = 0
+    compared = unmatched = 0
     for image, theirs in enumerate(expected):
         (any_,) = (boxes[1][image] >= 0).nonzero(as_tuple=True)
         dets, labels = boxes[0][image, any_], boxes[1][image, any_]
-        twins = (
-            (bbox_overlaps(dets[:, :4], theirs.bboxes) >= ALIKE)
+        matches = (
+            ((dets[:, None, :4] - theirs.bboxes).abs().amax(-1) <= ALIKE)
             & ((dets[:, 4:] - theirs.scores).abs() <= 1e-4)
             & (labels[:, None] == theirs.labels)
         )
         if len(boxes) == len(BOXES) and len(dets) and len(theirs):
-            ours = _laid_out(boxes[2][image, any_], dets[:, :4], size, model)
-            ours, others = ours.flatten(1).float(), theirs.masks.flatten(1).float()
-            both = ours @ others.T
-            either = ours.sum(1, keepdim=True) + others.sum(1) - both
-            twins &= both >= ALIKE * either
-        compared += max(twins.shape)
-        lonely += max((~twins.any(1)).sum().item(), (~twins.any(0)).sum().item())
-    if lonely > UNLIKE * compared:
+            ours = _laid_out(boxes[2][image, any_], dets[:, :4], size).flatten(1)
+            ours -= model.roi_head.test_cfg.mask_thr_binary
+            others = theirs.masks.flatten(1).float()
+            inside, outside = (ours > UNSURE).float(), (ours < -UNSURE).float()
+            matches &= inside @ (1 - others).T + outside @ others.T == 0
+        compared += max(matches.shape)
+        unmatched += max((~matches.any(1)).sum().item(), (~matches.any(0)).sum().item())
+    if unmatched > UNMATCHED * compared:
         raise UserError(
-            f'The exported model differs from MMDetection: {lonely} of {compared} '
-            f'boxes in images of {tuple(size)} have no twin. No file was written.'
+            f'The exported model differs from MMDetection: {unmatched} of {compared} '
+            f'boxes in images of {tuple(size)} have no match. No file was written.'
         )
     return compared
 
 
-def _laid_out(masks: Tensor, boxes: Tensor, size: Sequence[int], model: Any) -> Tensor:
-    """Masks [K, h, w] of boxes as masks of the image [K, H, W]."""
+def _laid_out(masks: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
+    """Masks [K, h, w] of boxes as probabilities in the image [K, H, W]."""
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
 
-    laid, _ = _do_paste_mask(masks[:, None], boxes, *size, skip_empty=False)
-    return laid >= model.roi_head.test_cfg.mask_thr_binary
+    return _do_paste_mask(masks[:, None], boxes, *size, skip_empty=False)[0]

@@ -401,7 +401,9 @@ def main(args: argparse.Namespace) -> None:
         f'of scale from PyTorch at {", ".join("x".join(map(str, s)) for s in shapes)}'
         + (
             f'; its {sum(counts)} boxes there are those of MMDetection'
-            if counts
+            if any(counts)
+            else '; no box was compared, because there is none in noise'
+            if args.boxes
             else ''
         )
     )

@@ -237,8 +237,13 @@ def test_configs_by_name(tmp_path):
 )
 def test_inferencer_of_the_toolbox(kind, inferencer, weights, monkeypatch, coco_root):
     monkeypatch.setenv('TINY_DATA', str(coco_root))
+    warned = []
+    monkeypatch.setattr(
+        'mmengine.logging.print_log', lambda line, *_, **__: warned.append(line)
+    )
     built = build_inferencer(TINY / f'{kind}.py', weights[kind], 'cpu')
     assert type(built).__name__ == inferencer
+    assert not [line for line in warned if 'Failed to search registry' in line]
     saved = torch.load(weights[kind], weights_only=True)['state_dict']
     for name, value in built.model.state_dict().items():
         assert torch.equal(value, saved[name]), name

@@ -5,45 +5,22 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS
+from deployment_cases import SLIM, command, needs_onnx, slim
 from torch import nn
 
 from mmcls_involution.deployment import detections, export
-from mmcls_involution.deployment.boxes import WithBoxes, check_boxes
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.ops import Involution2d
 from mmcls_involution.ops.backends import BACKENDS
 from mmcls_involution.paths import ROOT
 
-PACKAGES = ('onnx', 'onnxruntime')
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in PACKAGES),
-    reason=f'{" and ".join(PACKAGES)} are not installed',
-)
-SLIM = dict(depth=26, stem_channels=32, base_channels=16)
 # Batches and odd sizes that the example is not of.
 OTHERS = [(1, 3, 65, 97), (3, 3, 77, 64), (1, 3, 91, 129)]
-
-
-def slim(config: str, **changes) -> nn.Module:
-    cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.merge_from_dict({'model.backbone.init_cfg': None} | changes)
-    cfg.model.backbone.update(SLIM, norm_cfg=dict(type='BN'))
-    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
-        model = registry.build(cfg.model)
-    for module in model.modules():  # as training leaves them: of its own
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-    return model
 
 
 def check(model: nn.Module, file: Path, operator: str = 'standard', **kept) -> None:
@@ -53,20 +30,6 @@ def check(model: nn.Module, file: Path, operator: str = 'standard', **kept) -> N
     run = export.load(file, 'onnx', threads=1, operator=operator)
     reference = Exported(model, fold=False, **kept)
     assert export.compare(reference, run, [tuple(image.shape), *OTHERS]) <= 1e-5
-
-
-def command(
-    monkeypatch, model: nn.Module, *arguments: str | Path, backbone: bool = True
-) -> None:
-    """Run the command on a model, in place of that of a config."""
-    model.data_preprocessor = nn.Module()
-    cfg = SimpleNamespace(default_scope='mmpretrain')
-    inferencer = SimpleNamespace(model=model, cfg=cfg, classes=['a', 'b'])
-    monkeypatch.setattr(export, 'build_inferencer', lambda *_, **__: inferencer)
-    parser = argparse.ArgumentParser()
-    export.add_arguments(parser)
-    options = ['--backbone', '--shape', '5', '7'] if backbone else []
-    export.main(parser.parse_args(['CONFIG', *options, *map(str, arguments)]))
 
 
 @needs_onnx
@@ -188,142 +151,6 @@ def test_detectors_and_their_boxes(name, tmp_path):
     expected = expected.pred_instances
     assert len(found.scores) == len(expected.scores) > 0
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
-
-
-DETECTORS = ['retinanet', 'faster-rcnn', 'mask-rcnn']
-
-
-def detector(name: str, score_thr: float = 0.0) -> nn.Module:
-    """A small one, that is not sure of what it finds."""
-    cfg = {
-        'model.neck.in_channels': [64, 128, 256, 512],
-        'model.neck.out_channels': 32,
-    }
-    if name == 'retinanet':
-        head = {'num_classes': 3, 'in_channels': 32, 'feat_channels': 16}
-        cfg |= {f'model.bbox_head.{key}': v for key, v in head.items()}
-        cfg |= {'model.test_cfg.nms_pre': 60, 'model.test_cfg.score_thr': score_thr}
-    else:
-        head = {'num_classes': 3, 'in_channels': 32, 'fc_out_channels': 64}
-        cfg |= {f'model.roi_head.bbox_head.{key}': v for key, v in head.items()}
-        cfg |= {
-            'model.rpn_head.in_channels': 32,
-            'model.rpn_head.feat_channels': 16,
-            'model.roi_head.bbox_roi_extractor.out_channels': 32,
-            'model.test_cfg.rpn.nms_pre': 60,
-            'model.test_cfg.rpn.max_per_img': 50,
-            'model.test_cfg.rcnn.score_thr': score_thr,
-        }
-    if name == 'mask-rcnn':
-        head = {'num_classes': 3, 'in_channels': 32, 'conv_out_channels': 16}
-        cfg |= {f'model.roi_head.mask_head.{key}': v for key, v in head.items()}
-        cfg['model.roi_head.mask_roi_extractor.out_channels'] = 32
-    return slim(f'coco/{name}_rednet50_fpn_1x_coco.py', **cfg).eval()
-
-
-@pytest.mark.parametrize(
-    'name, change',
-    [
-        *((name, None) for name in DETECTORS),
-        ('retinanet', 'nms for all classes'),
-        ('faster-rcnn', 'nms for all classes'),
-        ('faster-rcnn', 'a box for all classes'),
-    ],
-)
-def test_boxes_are_those_of_mmdetection(name, change):
-    model = detector(name)
-    if change == 'nms for all classes':
-        head = model.bbox_head if name == 'retinanet' else model.roi_head
-        head.test_cfg.nms.class_agnostic = True
-    elif change:
-        head = model.roi_head.bbox_head
-        head.reg_class_agnostic = True
-        head.fc_reg = nn.Linear(64, 4)
-    exported = WithBoxes(model)
-    with torch.no_grad():
-        outputs = exported(torch.randn(2, 3, 96, 128))
-    count = 3 if name == 'mask-rcnn' else 2
-    boxes, maps = outputs[:count], outputs[count:]
-    assert check_boxes(model, boxes, maps, (96, 128)) > 20
-    dets, labels = boxes[:2]
-    assert dets.shape[:2] == labels.shape == (2, 100)
-    assert (dets[..., 4].diff() <= 0).all()
-    assert ((labels < 0) == (dets[..., 4] == 0)).all()
-
-
-@needs_onnx
-@pytest.mark.parametrize('score_thr', [0, 1])
-@pytest.mark.parametrize('name', DETECTORS)
-def test_boxes_in_the_graph(name, score_thr, monkeypatch, tmp_path, capsys):
-    """Scores above 1 has no box."""
-    import onnxruntime
-
-    out = tmp_path / 'model.onnx'
-    arguments = ['--out', out, '--boxes', '--dynamic', '--shape', '64', '96']
-    command(monkeypatch, detector(name, score_thr), *arguments, backbone=False)
-    said = re.search(r'its (\d+) boxes', capsys.readouterr().out.replace('\n', ' '))
-    assert (int(said[1]) > 50) == (score_thr == 0)
-    session = onnxruntime.InferenceSession(str(out))
-    masks = ['masks'] if name == 'mask-rcnn' else []
-    assert [o.name for o in session.get_outputs()] == ['dets', 'labels', *masks]
-    dets, labels, *masks = session.run(
-        None, {'image': torch.randn(3, 3, 71, 65).numpy()}
-    )
-    assert dets.shape == (3, 100, 5) and labels.shape == (3, 100)
-    assert (labels >= 0).any() == (score_thr == 0)
-    assert [mask.shape for mask in masks] == [(3, 100, 28, 28)] * len(masks)
-
-
-@pytest.mark.parametrize('change', ['box', 'score', 'label', 'mask', 'less', 'more'])
-def test_other_boxes_are_noticed(change):
-    model = detector('mask-rcnn')
-    with torch.no_grad():
-        outputs = list(WithBoxes(model)(torch.randn(1, 3, 96, 128)))
-    (dets, labels, masks), maps = outputs[:3], outputs[3:]
-    if change == 'box':
-        dets[:, :3, :4] += 2
-    elif change == 'score':
-        dets[:, :3, 4] += 2e-4
-    elif change == 'label':
-        labels[:, :3] = (labels[:, :3] + 1) % 3
-    elif change == 'mask':
-        masks[:, :3] = 1 - masks[:, :3]
-    elif change == 'less':
-        labels[:, :3] = -1
-    else:
-        dets, labels, masks = (
-            torch.cat([part, part[:, :3]], 1) for part in (dets, labels, masks)
-        )
-        dets[:, -3:, :4] += 2  # twins of none
-    with pytest.raises(UserError, match='differs from MMDetection: 3 of .* boxes'):
-        check_boxes(model, [dets, labels, masks], maps, (96, 128))
-
-
-def test_other_ways_to_boxes_are_refused():
-    soft = detector('faster-rcnn')
-    soft.roi_head.test_cfg.nms = dict(type='soft_nms', iou_threshold=0.5)
-    with pytest.raises(
-        UserError, match=r'--boxes: its test_cfg suppresses boxes by .*s'
-    ):
-        WithBoxes(soft)
-    free = detector('retinanet')
-    free.bbox_head.test_cfg.pop('nms_pre')
-    with pytest.raises(UserError, match='--boxes: its test_cfg sets no nms_pre'):
-        WithBoxes(free)
-    classifier = nn.ModuleDict({'backbone': nn.Identity(), 'head': nn.Identity()})
-    with pytest.raises(UserError, match='--boxes: ModuleDict is no detector'):
-        WithBoxes(classifier)
-
-    class Head(type(free.bbox_head)):
-        def _predict_by_feat_single(self):
-            """Something else."""
-
-    other = detector('retinanet')
-    other.bbox_head.__class__ = Head
-    with pytest.raises(
-        UserError, match='--boxes: Head makes boxes in a way of its own'
-    ):
-        WithBoxes(other)
 
 
 @pytest.mark.parametrize('decompose', [True, False])

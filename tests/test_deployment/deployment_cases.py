@@ -1,0 +1,50 @@
+"""Small models, and the command ``export`` on a model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from torch import nn
+
+from mmcls_involution.deployment import export
+from mmcls_involution.paths import ROOT
+
+PACKAGES = ('onnx', 'onnxruntime')
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in PACKAGES),
+    reason=f'{" and ".join(PACKAGES)} are not installed',
+)
+SLIM = dict(depth=26, stem_channels=32, base_channels=16)
+
+
+def slim(config: str, **changes) -> nn.Module:
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg.merge_from_dict({'model.backbone.init_cfg': None} | changes)
+    cfg.model.backbone.update(SLIM, norm_cfg=dict(type='BN'))
+    with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
+        model = registry.build(cfg.model)
+    for module in model.modules():  # as training leaves them: of its own
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def command(
+    monkeypatch, model: nn.Module, *arguments: str | Path, backbone: bool = True
+) -> None:
+    """Run the command on a model, in place of that of a config."""
+    model.data_preprocessor = nn.Module()
+    cfg = SimpleNamespace(default_scope='mmpretrain')
+    inferencer = SimpleNamespace(model=model, cfg=cfg, classes=['a', 'b'])
+    monkeypatch.setattr(export, 'build_inferencer', lambda *_, **__: inferencer)
+    parser = argparse.ArgumentParser()
+    export.add_arguments(parser)
+    options = ['--backbone', '--shape', '5', '7'] if backbone else []
+    export.main(parser.parse_args(['CONFIG', *options, *map(str, arguments)]))
