@@ -416,7 +416,6 @@ def _check(args: argparse.Namespace, out: Path) -> None:
         opset = args.opset = 18 if args.opset is None else args.opset
         custom = args.operator == 'custom'
         dynamo = exporter == 'dynamo'
-        need('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else []))
         if dynamo and (custom or args.boxes):
             flag = '--operator custom' if custom else '--boxes'
             raise UserError(f'{flag} needs --exporter torchscript.')
@@ -427,6 +426,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
                 f'--opset {opset}: --exporter {exporter} writes {lowest} to {highest}'
                 f'{" with --boxes" if args.boxes else ""}.'
             )
+        need('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else []))
         if custom:
             import onnxruntime
 
