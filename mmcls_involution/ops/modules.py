@@ -228,7 +228,7 @@ class Involution2d(nn.Module):
         check_input(x, self.channels)
         options = self._options()
         if 'query' in GENERATORS[self.generator]:
-            return involution2d(self.value(x), self.kernels(x), **options)
+            return involution2d(self.value(x), self._relate(x, options), **options)
         reduced = self.conv1(self.avgpool(x))
         span = self._plain_span()
         if span is not None:
