@@ -104,8 +104,10 @@ def test_try_out_compiles_and_compares(monkeypatch):
         raise torch.OutOfMemoryError
 
     assert try_out() is None
-    monkeypatch.setattr(triton, 'forward', lambda x, *_: x + 1)
-    assert try_out() == f'a small kernel gives a wrong result on {DEVICE}'
+    for name in ('grad_weight', 'grad_input', 'forward'):
+        monkeypatch.setattr(triton, name, lambda x, *_: x + 1)
+        wrong = f'a small kernel gives a wrong result on {DEVICE}: {name}'
+        assert try_out() == wrong
     monkeypatch.setattr(triton, 'forward', fail)
     assert 'PermissionError: no folder for the cache' in try_out()
     monkeypatch.setattr(triton, 'forward', exhaust)
@@ -225,4 +227,5 @@ def test_launches_as_a_gpu_would_see_them(most, tmp_path):
     assert 'Failed to find C compiler' in found['without a compiler']
     assert 'fails on cpu: PTXASError' in found['without an assembler']
     assert 'fails on cpu: NotADirectoryError' in found['without a folder']
-    assert found['without results'] == 'a small kernel gives a wrong result on cpu'
+    wrong = 'a small kernel gives a wrong result on cpu: forward'
+    assert found['without results'] == wrong

@@ -12,7 +12,7 @@ import logging
 import math
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -97,23 +97,42 @@ def _is_older(version: str, lowest: tuple[int, int]) -> bool:
 
 def _try_out(device: torch.device) -> str | None:
     """Why a small kernel does not compile, launch and give the right result there."""
-    values = torch.arange(2 * 25.0)
-    input = (values % 7 - 3).view(1, 2, 5, 5)
-    weight = (torch.arange(9 * 25.0) % 5 - 2).view(1, 1, 3, 3, 5, 5)
-    arguments = (1, 1), (1, 1), (1, 1)
-    expected = tap_sum.forward(input, weight, *arguments)  # small integers: exact
     try:
         from .tuner import pin_this_thread
 
         pin_this_thread()
-        ours = forward(input.to(device), weight.to(device), *arguments).cpu()
+        for name, dtype, tensors, arguments in _small_problems():
+            expected = getattr(tap_sum, name)(*tensors, *arguments).to(dtype)
+            tensors = [tensor.to(device, dtype) for tensor in tensors]
+            if not torch.equal(globals()[name](*tensors, *arguments).cpu(), expected):
+                return f'a small kernel gives a wrong result on {device}: {name}'
     except torch.OutOfMemoryError as error:
         raise _NotNow(f'no memory to try out {device}: {error}') from error
     except Exception as error:  # of a compiler, a driver, a file system ...
         return f'a small kernel fails on {device}: {type(error).__name__}: {error}'
-    if not torch.equal(ours, expected):
-        return f'a small kernel gives a wrong result on {device}'
     return None
+
+
+def _small_problems() -> Iterator[tuple[str, torch.dtype, Sequence[Tensor], tuple]]:
+    """Each kernel with and without a stride, of small integers: sums are exact."""
+
+    def integers(*shape: int, modulus: int) -> Tensor:
+        values = torch.arange(math.prod(shape), dtype=torch.float32)
+        return (values % modulus - modulus // 2).view(shape)
+
+    for dtype, channels, kernel, stride in (
+        (torch.float32, 2, 3, 1),
+        (torch.float32, 2, 3, 2),
+        (torch.float16, 9, 7, 1),  # whose kernels' gradient is by tensor cores
+    ):
+        out_size = -(-5 // stride)
+        arguments = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        x = integers(1, channels, 5, 5, modulus=7)
+        grad = integers(1, channels, out_size, out_size, modulus=5)
+        weight = integers(1, 1, kernel, kernel, out_size, out_size, modulus=3)
+        yield 'forward', dtype, (x, weight), arguments
+        yield 'grad_input', dtype, (grad, weight), ((5, 5), *arguments)
+        yield 'grad_weight', dtype, (grad, x), (weight.shape, *arguments)
 
 
 def supports(problem: Problem) -> str | None:

@@ -275,8 +275,8 @@ def grad_input(
                             if t > ROWS - 2 - r and t + r < taps_h * up + ROWS - 1:
                                 u = first_u + (t + r + 1 - ROWS) // up * next_u
                                 if SH == 1 or u < KH:  # the same for all lanes
-                                    tap = taps[(k - first) * ROWS + r]
-                                    total += tap.to(sum_type) * tile
+                                    value = taps[(k - first) * ROWS + r]
+                                    total += value.to(sum_type) * tile
                             new += (total,)
                         sums = new
 
