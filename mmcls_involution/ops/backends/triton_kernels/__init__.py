@@ -121,15 +121,16 @@ def _small_problems() -> Iterator[tuple[str, torch.dtype, Sequence[Tensor], tupl
         return (values % modulus - modulus // 2).view(shape)
 
     for dtype, channels, kernel, stride in (
-        (torch.float32, 2, 3, 1),
-        (torch.float32, 2, 3, 2),
-        (torch.float16, 9, 7, 1),  # whose kernels' gradient is by tensor cores
+        (torch.float32, 2, (3, 3), 1),
+        (torch.float32, 2, (3, 3), 2),
+        (torch.float16, 9, (1, 7), 1),  # whose kernels' gradient is by tensor cores
     ):
         out_size = -(-5 // stride)
-        arguments = (stride, stride), (kernel // 2, kernel // 2), (1, 1)
+        padding = kernel[0] // 2, kernel[1] // 2
+        arguments = (stride, stride), padding, (1, 1)
         x = integers(1, channels, 5, 5, modulus=7)
         grad = integers(1, channels, out_size, out_size, modulus=5)
-        weight = integers(1, 1, kernel, kernel, out_size, out_size, modulus=3)
+        weight = integers(1, 1, *kernel, out_size, out_size, modulus=3)
         yield 'forward', dtype, (x, weight), arguments
         yield 'grad_input', dtype, (grad, weight), ((5, 5), *arguments)
         yield 'grad_weight', dtype, (grad, x), (weight.shape, *arguments)
