@@ -101,6 +101,7 @@ EXTRAS = {
         # onnxruntime has no wheels for Python 3.10 any more
         'onnx; python_version >= "3.11"',
         'onnxruntime; python_version >= "3.11"',
+        'onnxscript; python_version >= "3.11"',
         'pytest',
         'pytest-xdist',
         'ruff',

@@ -37,6 +37,7 @@ from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
 from mmcls_involution.deployment.boxes import BOXES, OPSET, WithBoxes, check_boxes
 from mmcls_involution.deployment.runtime import register_custom_operators
+from mmcls_involution.deployment.translation import translations
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.config import add_cfg_options
 from mmcls_involution.engine.errors import UserError
@@ -99,6 +100,7 @@ def export_onnx(
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     if exporter == 'dynamo':
         options.update(dynamo=True, verbose=False, external_data=False)
+        options['custom_translation_table'] = translations()
         if dynamic:
             any_size = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
             options['dynamic_shapes'] = (any_size,)
@@ -108,7 +110,8 @@ def export_onnx(
             options['dynamic_axes'] = {'image': axes} | {
                 name: model.axes(name) for name in names
             }
-    with warnings.catch_warnings(), _operators(operator, opset):
+    kept = standard.kept() if exporter == 'dynamo' else _operators(operator, opset)
+    with warnings.catch_warnings(), kept:
         warnings.simplefilter('ignore')  # of tracing: what came out is compared
         try:
             torch.onnx.export(model, (image,), str(file), **options)

@@ -154,7 +154,8 @@ _product = transformable(_grad_of_weight, _save_two, _grad_weight_backward)
 
 
 def grad_of_weight(grad: Tensor, input: Tensor, *arguments) -> Tensor:
-    if standard.exporting():  # the attention generators call it in the forward pass
+    # The attention generators call it in the forward pass. ONNX has no form of it kept.
+    if torch.onnx.is_in_onnx_export():
         return standard.grad_of_weight(grad, input, *arguments[:4])
     return _product(grad, input, *arguments)
 

@@ -52,7 +52,7 @@ def involution2d(
     """See :func:`mmcls_involution.ops.involution2d`."""
     rows, columns = weight.shape[2:4]
     groups, (height, width) = weight.shape[1], weight.shape[4:]
-    window = _window(columns, stride[1], dilation[1])
+    window = window_of(columns, stride[1], dilation[1])
     kernels = weight.permute(0, 1, 4, 5, 2, 3).flatten(1, 2)  # N, G*Ho, Wo, K, K
     kernels = _spread(kernels, window, stride[1], dilation[1])
     kernels = kernels.reshape(-1, groups, height, width, rows * window + stride[1])
@@ -76,7 +76,7 @@ def fused_involution2d(
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.fused_involution2d`."""
     channels, height, width = reduced.shape[1:]
-    window = _window(kernel_size[1], stride[1], dilation[1])
+    window = window_of(kernel_size[1], stride[1], dilation[1])
     span = weight.flatten(1)
     if bias is not None:  # as the weight of one more channel, of ones
         span = torch.cat([span, bias[:, None]], dim=1)
@@ -122,7 +122,7 @@ def grad_of_weight(
     return torch.stack(taps, dim=2).unflatten(2, (rows, columns))
 
 
-def _window(taps: int, stride: int, dilation: int) -> int:
+def window_of(taps: int, stride: int, dilation: int) -> int:
     """Pixels of one row that a tile's outputs see."""
     return (TILE - 1) * stride + (taps - 1) * dilation + 1
 
@@ -149,7 +149,7 @@ def _sum_windows(
     """The product of kernels [N, G, tiles, Ho, TILE, K*window + stride] and windows."""
     height, width = size
     groups, tiles, pitch = kernels.shape[1], kernels.shape[2], kernels.shape[5]
-    window = _window(kernel_size[1], stride[1], dilation[1])
+    window = window_of(kernel_size[1], stride[1], dilation[1])
     columns = kernel_size[0] * window
     kernels = kernels.reshape(-1, groups, tiles, height, TILE * pitch)
     kernels = kernels[..., : TILE * columns].unflatten(4, (TILE, columns))

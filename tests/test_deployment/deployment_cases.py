@@ -15,11 +15,15 @@ from torch import nn
 from mmcls_involution.deployment import export
 from mmcls_involution.paths import ROOT
 
-PACKAGES = ('onnx', 'onnxruntime')
-needs_onnx = pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in PACKAGES),
-    reason=f'{" and ".join(PACKAGES)} are not installed',
-)
+
+def needs(*packages: str) -> pytest.MarkDecorator:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    reason = f'not installed: {", ".join(missing)}'
+    return pytest.mark.skipif(bool(missing), reason=reason)
+
+
+needs_onnx = needs('onnx', 'onnxruntime')
+needs_onnxscript = needs('onnxscript')
 SLIM = dict(depth=26, stem_channels=32, base_channels=16)
 
 
@@ -48,3 +52,14 @@ def command(
     export.add_arguments(parser)
     options = ['--backbone', '--shape', '5', '7'] if backbone else []
     export.main(parser.parse_args(['CONFIG', *options, *map(str, arguments)]))
+
+
+class Tuple(nn.Module):
+    """A layer as a backbone, whose outputs are several."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return (self.layer(x),)

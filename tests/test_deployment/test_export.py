@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployment_cases import SLIM, command, needs_onnx, slim
+from deployment_cases import (
+    SLIM,
+    Tuple,
+    command,
+    needs_onnx,
+    needs_onnxscript,
+    slim,
+)
 from torch import nn
 
 from mmcls_involution.deployment import detections, export
@@ -23,39 +30,81 @@ from mmcls_involution.paths import ROOT
 OTHERS = [(1, 3, 65, 97), (3, 3, 77, 64), (1, 3, 91, 129)]
 
 
-def check(model: nn.Module, file: Path, operator: str = 'standard', **kept) -> None:
+each_exporter = pytest.mark.parametrize(
+    'exporter',
+    [
+        'torchscript',
+        pytest.param('dynamo', marks=[needs_onnxscript, pytest.mark.long]),
+    ],
+)
+
+
+def check(
+    model: nn.Module, file: Path, exporter: str, operator: str = 'standard', **kept
+) -> None:
     image = torch.randn(2, 3, 70, 83)
     exported = Exported(model, **kept)
-    export.export_onnx(exported, image, file, dynamic=True, operator=operator)
+    options = dict(exporter=exporter, operator=operator)
+    export.export_onnx(exported, image, file, dynamic=True, **options)
     run = export.load(file, 'onnx', threads=1, operator=operator)
     reference = Exported(model, fold=False, **kept)
     assert export.compare(reference, run, [tuple(image.shape), *OTHERS]) <= 1e-5
 
 
 @needs_onnx
-@pytest.mark.parametrize('operator', ['standard', 'custom'])
-def test_backbone_of_any_size(operator, tmp_path):
+@pytest.mark.parametrize(
+    'exporter, operator',
+    [
+        ('torchscript', 'standard'),
+        ('torchscript', 'custom'),
+        pytest.param('dynamo', 'standard', marks=needs_onnxscript),
+    ],
+)
+def test_backbone_of_any_size(exporter, operator, tmp_path):
     import onnx
 
     if operator == 'custom' and BACKENDS['native'].kernels._library() is None:
         pytest.skip('the C++ kernels were not built')
     model = slim('imagenet/rednet26_64xb32-warmup-coslr_in1k.py')
-    check(model, tmp_path / 'model.onnx', operator, backbone=True)
+    check(model, tmp_path / 'model.onnx', exporter, operator, backbone=True)
     nodes = onnx.load(tmp_path / 'model.onnx').graph.node
     domains = {node.domain for node in nodes}
     assert ('mmcls_involution' in domains) == (operator == 'custom')
 
 
 @needs_onnx
+@pytest.mark.parametrize(
+    'exporter', ['torchscript', pytest.param('dynamo', marks=needs_onnxscript)]
+)
 @pytest.mark.parametrize('generator', ['linear', 'attention'])
-def test_other_generators(generator, tmp_path):
+def test_other_generators(generator, exporter, tmp_path):
     """Attention exports for the size of its example."""
     layer = nn.Sequential(Involution2d(16, 3, stride=2, generator=generator))
-    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     image = torch.randn(2, 16, 19, 23)
-    export.export_onnx(model, image, tmp_path / 'model.onnx')
-    run = export.load(tmp_path / 'model.onnx', 'onnx', threads=1)
+    file = tmp_path / 'model.onnx'
+    export.export_onnx(model, image, file, exporter=exporter)
+    run = export.load(file, 'onnx', threads=1)
     export.compare(model, run, [tuple(image.shape)])
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    'arguments', [dict(fused=False), dict(generator='attention')], ids=str
+)
+def test_custom_operator_with_kernels_as_an_input(arguments, tmp_path):
+    import onnx
+
+    if BACKENDS['native'].kernels._library() is None:
+        pytest.skip('the C++ kernels were not built')
+    layer = nn.Sequential(Involution2d(16, 3, stride=2, **arguments))
+    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    image, file = torch.randn(2, 16, 19, 23), tmp_path / 'model.onnx'
+    export.export_onnx(model, image, file, operator='custom')
+    run = export.load(file, 'onnx', threads=1, operator='custom')
+    export.compare(model, run, [tuple(image.shape)])
+    types = {node.op_type for node in onnx.load(file).graph.node if node.domain}
+    assert types == {'Involution2d'}
 
 
 @needs_onnx
@@ -64,7 +113,7 @@ def test_sizes_behind_custom_operators_are_known(tmp_path):
     import onnx
 
     layer = nn.Sequential(Involution2d(16, stride=2))
-    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = tmp_path / 'model.onnx'
     export.export_onnx(model, torch.randn(2, 16, 19, 23), file, operator='custom')
     graph = onnx.load(file).graph
@@ -82,7 +131,7 @@ def test_custom_operators_say_what_fails(tmp_path):
     if BACKENDS['native'].kernels._library() is None:
         pytest.skip('the C++ kernels were not built')
     layer = nn.Sequential(Involution2d(16, 3))
-    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     image, file = torch.randn(1, 16, 5, 7), tmp_path / 'model.onnx'
     export.export_onnx(model, image, file, operator='custom')
     content = onnx.load(file)
@@ -96,17 +145,9 @@ def test_custom_operators_say_what_fails(tmp_path):
         run(image)
 
 
-class _Tuple(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return (self.layer(x),)
-
-
 @needs_onnx
-def test_semantic_fpn(tmp_path):
+@each_exporter
+def test_semantic_fpn(exporter, tmp_path):
     changes = {
         'model.neck.in_channels': [64, 128, 256, 512],
         'model.neck.out_channels': 16,
@@ -115,11 +156,12 @@ def test_semantic_fpn(tmp_path):
         'model.decode_head.norm_cfg.type': 'BN',
     }
     name = 'cityscapes/fpn-inv_rednet50_4xb2-80k_cityscapes-512x1024.py'
-    check(slim(name, **changes), tmp_path / 'model.onnx')
+    check(slim(name, **changes), tmp_path / 'model.onnx', exporter)
 
 
 @needs_onnx
-def test_upernet(tmp_path):
+@each_exporter
+def test_upernet(exporter, tmp_path):
     changes = {
         'model.decode_head.in_channels': [64, 128, 256, 512],
         'model.decode_head.channels': 16,
@@ -127,18 +169,19 @@ def test_upernet(tmp_path):
         'model.auxiliary_head': None,
     }
     name = 'cityscapes/upernet_rednet50_4xb2-80k_cityscapes-512x1024.py'
-    check(slim(name, **changes), tmp_path / 'model.onnx')
+    check(slim(name, **changes), tmp_path / 'model.onnx', exporter)
 
 
 @needs_onnx
+@each_exporter
 @pytest.mark.parametrize('name', ['retinanet', 'faster-rcnn'])
-def test_detectors_and_their_boxes(name, tmp_path):
+def test_detectors_and_their_boxes(name, exporter, tmp_path):
     changes = {'model.neck.in_channels': [64, 128, 256, 512]}
     detector = slim(f'coco/{name}_rednet50_fpn_1x_coco.py', **changes)
     detector.eval()
     head = detector.bbox_head if name == 'retinanet' else detector.roi_head
     head.test_cfg.score_thr = 0.0  # what is not trained is sure of nothing
-    check(detector, tmp_path / 'model.onnx')
+    check(detector, tmp_path / 'model.onnx', exporter)
     image = torch.randn(1, 3, 96, 128)
     outputs = export.load(tmp_path / 'model.onnx', 'onnx', threads=1)(image)
     (found,) = detections(detector, outputs, (96, 128))
@@ -156,7 +199,7 @@ def test_detectors_and_their_boxes(name, tmp_path):
 @pytest.mark.parametrize('decompose', [True, False])
 def test_pt2(decompose, tmp_path):
     layer = nn.Sequential(Involution2d(16, stride=2))
-    model = Exported(nn.ModuleDict({'backbone': _Tuple(layer)}), backbone=True)
+    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = tmp_path / 'model.pt2'
     image = torch.randn(2, 16, 19, 23)
     export.export_pt2(model, image, file, dynamic=not decompose, decompose=decompose)
@@ -218,7 +261,7 @@ def test_command_compares_with_the_model_as_it_was(monkeypatch, tmp_path):
 
 def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
     out = tmp_path / 'model.pt2'
-    model = nn.ModuleDict({'backbone': _Tuple(nn.Conv2d(3, 4, 1))})
+    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, 1))})
     command(monkeypatch, model, '--out', out, '--format', 'pt2')
     about = {'classes': '', 'size': ''}
     torch.export.load(out, extra_files=about)
@@ -261,7 +304,7 @@ def test_only_custom_operators_need_the_kernels(monkeypatch, tmp_path):
 
     monkeypatch.setattr(export, 'register_custom_operators', missing)
     out = tmp_path / 'model.onnx'
-    model = nn.ModuleDict({'backbone': _Tuple(nn.Conv2d(3, 4, 1))})
+    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, 1))})
     command(monkeypatch, model, '--out', out)
     assert out.is_file()
     with pytest.raises(UserError, match='were not built'):
@@ -294,14 +337,14 @@ def test_other_heads_are_refused():
 
 
 def test_zeros_equal_zeros():
-    layer = _Tuple(nn.Conv2d(3, 4, 1, bias=False))
+    layer = Tuple(nn.Conv2d(3, 4, 1, bias=False))
     model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
     nn.init.zeros_(model.model.layer.weight)
     assert export.compare(model, model, [(1, 3, 5, 7)]) == 0
 
 
 def test_a_file_that_differs_is_refused():
-    layer = _Tuple(Involution2d(16))
+    layer = Tuple(Involution2d(16))
     model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
     with pytest.raises(UserError, match='feature0 for an image .* by .*1e-05 is'):
         export.compare(

@@ -155,6 +155,7 @@ struct Kernel {
   }
 };
 
+template <size_t inputs>
 void *create_kernel(const CustomOp *, void *const *, const void *info, void **out) {
   Kernel *kernel = new Kernel;
   *out = kernel;
@@ -167,6 +168,8 @@ void *create_kernel(const CustomOp *, void *const *, const void *info, void **ou
                     {"pads", p.padding},
                     {"dilations", p.dilation}};
   for (auto &attribute : attributes) {
+    // Kernels that are an input have their shape from it.
+    if (inputs == 2 && attribute.values == p.kernel) continue;
     size_t size = 2;
     void *status =
         call(kGetAttributeArrayInt64, info, attribute.name, attribute.values, &size);
@@ -182,7 +185,7 @@ template <size_t inputs>
 CustomOp describe() {
   CustomOp op{};
   op.version = 16;
-  op.create_kernel_v2 = create_kernel;
+  op.create_kernel_v2 = create_kernel<inputs>;
   op.name = [](const CustomOp *) {
     return inputs == 2 ? "Involution2d" : "FusedInvolution2d";
   };

@@ -1,0 +1,145 @@
+"""The operators in those of ONNX, for torch's newer exporter.
+
+They are the forms of ``ops/standard.py``, which says how they work. That exporter would
+take minutes to decompose them for sizes that are symbols; here sizes are read in the
+graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mmcls_involution.ops.standard import TILE, window_of
+
+
+def translations() -> dict[Any, Any]:
+    """The argument ``custom_translation_table`` of ``torch.onnx.export``."""
+    operators = torch.ops.mmcls_involution
+    return {
+        operators.involution2d.default: _involution2d,
+        operators.fused_involution2d.default: _fused_involution2d,
+    }
+
+
+def _fused_involution2d(
+    input: Any,
+    reduced: Any,
+    weight: Any,
+    bias: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Any:
+    from onnxscript import opset18 as op
+
+    tensors = (reduced, weight) if bias is None else (reduced, weight, bias)
+    kernels = op.Conv(*tensors, kernel_shape=[1, 1])
+    groups = weight.shape[0] // (kernel_size[0] * kernel_size[1])
+    sides = op.Shape(kernels, start=2)
+    kernels = op.Reshape(kernels, _joined(0, groups, *kernel_size, sides))
+    sizes = groups, kernel_size
+    return _sum_windows(input, kernels, sides, sizes, stride, padding, dilation)
+
+
+def _involution2d(
+    input: Any,
+    weight: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Any:
+    from onnxscript import opset18 as op
+
+    sides = op.Shape(weight, start=4)
+    sizes = weight.shape[1], weight.shape[2:4]
+    return _sum_windows(input, weight, sides, sizes, stride, padding, dilation)
+
+
+def _joined(*values: Any) -> Any:
+    """One vector of numbers and of vectors in the graph."""
+    from onnxscript import opset18 as op
+
+    parts = [op.Constant(value_ints=[v]) if isinstance(v, int) else v for v in values]
+    return op.Concat(*parts, axis=0)
+
+
+def _sum_windows(
+    input: Any,
+    kernels: Any,
+    sides: Any,
+    sizes: tuple[int, Sequence[int]],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Any:
+    """Of kernels [N, G, K, K, Ho, Wo]; `sides` are the last two, `sizes` G and K, K."""
+    from onnxscript import opset18 as op
+
+    def ints(*values: int) -> Any:
+        return op.Constant(value_ints=list(values))
+
+    def padded(x: Any, axis: int, before: Any, after: Any) -> Any:
+        return op.Pad(x, _joined(before, after), None, ints(axis))
+
+    def first(x: Any, axis: int, start: Any, end: Any) -> Any:
+        return op.Slice(x, start, end, ints(axis))
+
+    groups, (rows, columns) = sizes
+    window = window_of(columns, stride[1], dilation[1])
+    step, pieces = TILE * stride[1], -(-window // (TILE * stride[1]))
+    channels = input.shape[1] // groups
+    height, width = first(sides, 0, ints(0), ints(1)), first(sides, 0, ints(1), ints(2))
+    tiles = op.Div(op.Add(width, ints(TILE - 1)), ints(TILE))
+
+    # Each output's kernel, with zeros between the taps: a row of a matrix.
+    kernels = op.Transpose(kernels, perm=[0, 1, 4, 5, 2, 3])
+    if dilation[1] > 1:
+        kernels = padded(op.Unsqueeze(kernels, ints(6)), 6, 0, dilation[1] - 1)
+        kernels = op.Reshape(kernels, ints(0, 0, 0, 0, 0, -1))
+        kernels = first(kernels, 5, ints(0), ints((columns - 1) * dilation[1] + 1))
+    kernels = padded(kernels, 5, 0, window - (columns - 1) * dilation[1] - 1)
+    kernels = op.Reshape(kernels, ints(0, 0, 0, 0, rows * window))
+    kernels = padded(kernels, 4, 0, stride[1])
+    kernels = padded(kernels, 3, 0, op.Sub(op.Mul(tiles, ints(TILE)), width))
+    pitch = rows * window + stride[1]
+    kernels = op.Reshape(kernels, ints(0, 0, 0, -1, TILE, pitch))
+    kernels = op.Transpose(kernels, perm=[0, 1, 3, 2, 4, 5])
+    kernels = op.Reshape(kernels, ints(0, 0, 0, 0, TILE * pitch))
+    kernels = first(kernels, 4, ints(0), ints(TILE * rows * window))
+    kernels = op.Reshape(kernels, ints(0, 0, 0, 0, TILE, rows * window))
+
+    # Rows of pixels, cut where tiles begin; as many pieces as a window reaches into.
+    size = op.Shape(input, start=2)
+    images = op.Reshape(input, _joined(0, groups, channels, size))
+    images = op.Transpose(images, perm=[0, 1, 3, 4, 2])
+    images = padded(images, 2, padding[0], padding[0])
+    right = op.Mul(op.Add(tiles, ints(pieces - 1)), ints(step))
+    right = op.Sub(right, op.Add(op.Shape(input, start=3), ints(padding[1])))
+    # A stride may leave pixels that no window sees, and `right` would be negative.
+    images = padded(images, 3, padding[1], op.Add(right, ints(stride[1])))
+    strips = []
+    for start in range(0, pieces * step, step):
+        end = op.Add(op.Mul(tiles, ints(step)), ints(start))
+        strip = first(images, 3, ints(start), end)
+        strip = op.Reshape(strip, ints(0, 0, 0, -1, step * channels))
+        strips.append(first(strip, 4, ints(0), ints((window - start) * channels)))
+    strips = op.Transpose(op.Concat(*strips, axis=4), perm=[0, 1, 3, 2, 4])
+
+    count = op.Squeeze(height, ints(0))
+    zero, one = (op.Constant(value_int=value) for value in (0, 1))
+    lines = op.Mul(op.Range(zero, count, one), ints(stride[0]))
+    taps = ints(*(u * dilation[0] for u in range(rows)))
+    lines = op.Reshape(op.Add(op.Unsqueeze(lines, ints(1)), taps), ints(-1))
+    windows = op.Gather(strips, lines, axis=3)
+    shape = _joined(0, 0, 0, height, rows * window, channels)
+    out = op.MatMul(kernels, op.Reshape(windows, shape))
+    out = op.Transpose(out, perm=[0, 1, 5, 3, 2, 4])
+    out = op.Reshape(out, ints(0, 0, 0, 0, -1))
+    out = first(out, 4, ints(0), width)
+    return op.Reshape(out, _joined(0, groups * channels, sides))
