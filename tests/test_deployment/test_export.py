@@ -17,6 +17,7 @@ from deployment_cases import (
     needs_onnxscript,
     slim,
 )
+from op_cases import needs_pooling_of_any_size
 from torch import nn
 
 from mmcls_involution.deployment import detections, export
@@ -198,6 +199,8 @@ def test_detectors_and_their_boxes(name, exporter, tmp_path):
 
 @pytest.mark.parametrize('decompose', [True, False])
 def test_pt2(decompose, tmp_path):
+    if not decompose:
+        needs_pooling_of_any_size()
     layer = nn.Sequential(Involution2d(16, stride=2))
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = tmp_path / 'model.pt2'
