@@ -13,6 +13,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from mmcls_involution.deployment import export
+from mmcls_involution.ops import Involution2d
 from mmcls_involution.paths import ROOT
 
 
@@ -29,7 +30,10 @@ SLIM = dict(depth=26, stem_channels=32, base_channels=16)
 
 def slim(config: str, **changes) -> nn.Module:
     cfg = Config.fromfile(ROOT / 'configs' / config)
-    cfg.merge_from_dict({'model.backbone.init_cfg': None} | changes)
+    # Random kernels multiply what they are made of: values of a network without
+    # training would differ by powers of ten, and so would errors of rounding.
+    involutions = {'model.backbone.involution_cfg': dict(init='identity')}
+    cfg.merge_from_dict({'model.backbone.init_cfg': None} | involutions | changes)
     cfg.model.backbone.update(SLIM, norm_cfg=dict(type='BN'))
     with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
         model = registry.build(cfg.model)
@@ -37,6 +41,8 @@ def slim(config: str, **changes) -> nn.Module:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
+        elif isinstance(module, Involution2d):
+            nn.init.normal_(module.conv2.conv.weight, std=0.05)
     return model
 
 

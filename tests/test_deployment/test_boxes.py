@@ -20,9 +20,6 @@ DETECTORS = ['retinanet', 'faster-rcnn', 'mask-rcnn']
 def detector(name: str, score_thr: float = 0.0) -> nn.Module:
     """A small one, that is not sure of what it finds."""
     cfg = {
-        # Random kernels multiply what they are made of: from image to image values
-        # would differ by powers of ten, and all boxes would lie on the edges.
-        'model.backbone.involution_cfg': dict(init='identity'),
         'model.neck.in_channels': [64, 128, 256, 512],
         'model.neck.out_channels': 32,
     }
