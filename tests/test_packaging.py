@@ -11,6 +11,7 @@ import sys
 import zipfile
 from email.parser import Parser
 from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import metadata as installed
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,24 @@ def test_tested_versions_lie_in_the_supported_ranges():
         (pin,) = tested[name]
         assert pin.operator == '=='
         assert Version(lowest) <= Version(pin.version) < Version(highest), name
+
+
+def test_the_tested_versions_are_for_each_supported_python():
+    """A pin that the oldest Python cannot have would end its set-up."""
+    checked = []
+    for line in (ROOT / 'requirements' / 'tested.txt').read_text().splitlines():
+        requirement = Requirement(line) if line and line[0] != '#' else None
+        if requirement is None or requirement.marker or '==' not in line:
+            continue
+        try:
+            found = installed(requirement.name)
+        except PackageNotFoundError:  # of an extra
+            continue
+        if requirement.specifier.contains(found['Version']):
+            python = found['Requires-Python'] or ''
+            assert SpecifierSet(python).contains('3.10.0'), f'{line} wants {python}'
+            checked.append(requirement.name)
+    assert len(checked) > 10
 
 
 def compiled_mmcv() -> bool:
