@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as torch_module
 
 from .backends import named_backend
 from .checks import check_input, check_positive
@@ -281,7 +281,14 @@ class Involution2d(nn.Module):
         if type(self.conv2) is not nn.Sequential or len(self.conv2) != 1:
             return None
         span = self.conv2[0]
-        if type(span) is not nn.Conv2d or _has_any_global_hook():
+        if type(span) is not nn.Conv2d:
+            return None
+        if (  # of all modules
+            torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
+        ):
             return None
         geometry = (span.kernel_size, span.stride, span.padding, span.groups)
         if geometry != ((1, 1), (1, 1), (0, 0), 1):
