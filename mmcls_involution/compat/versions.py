@@ -6,7 +6,7 @@ import importlib.metadata
 
 # distribution -> (lowest version, inclusive; highest version, exclusive)
 SUPPORTED: dict[str, tuple[str, str]] = {
-    # 2.13 is tested; 2.7 is a floor above 2.6, which made torch.load weights-only.
+    # docs/install.md says which are tested; 2.6 made torch.load weights-only.
     'torch': ('2.7.0', '3.0.0'),
     # Older ones register Adafactor twice (mmengine#1609); the repairs below patch
     # functions of the 0.10 series.
