@@ -87,14 +87,14 @@ def _sum_windows(
     def padded(x: Any, axis: int, before: Any, after: Any) -> Any:
         return op.Pad(x, _joined(before, after), None, ints(axis))
 
-    def first(x: Any, axis: int, start: Any, end: Any) -> Any:
+    def cut(x: Any, axis: int, start: Any, end: Any) -> Any:
         return op.Slice(x, start, end, ints(axis))
 
     groups, (rows, columns) = sizes
     window = window_of(columns, stride[1], dilation[1])
     step, pieces = TILE * stride[1], -(-window // (TILE * stride[1]))
     channels = input.shape[1] // groups
-    height, width = first(sides, 0, ints(0), ints(1)), first(sides, 0, ints(1), ints(2))
+    height, width = cut(sides, 0, ints(0), ints(1)), cut(sides, 0, ints(1), ints(2))
     tiles = op.Div(op.Add(width, ints(TILE - 1)), ints(TILE))
 
     # Each output's kernel, with zeros between the taps: a row of a matrix.
@@ -102,7 +102,7 @@ def _sum_windows(
     if dilation[1] > 1:
         kernels = padded(op.Unsqueeze(kernels, ints(6)), 6, 0, dilation[1] - 1)
         kernels = op.Reshape(kernels, ints(0, 0, 0, 0, 0, -1))
-        kernels = first(kernels, 5, ints(0), ints((columns - 1) * dilation[1] + 1))
+        kernels = cut(kernels, 5, ints(0), ints((columns - 1) * dilation[1] + 1))
     kernels = padded(kernels, 5, 0, window - (columns - 1) * dilation[1] - 1)
     kernels = op.Reshape(kernels, ints(0, 0, 0, 0, rows * window))
     kernels = padded(kernels, 4, 0, stride[1])
@@ -111,7 +111,7 @@ def _sum_windows(
     kernels = op.Reshape(kernels, ints(0, 0, 0, -1, TILE, pitch))
     kernels = op.Transpose(kernels, perm=[0, 1, 3, 2, 4, 5])
     kernels = op.Reshape(kernels, ints(0, 0, 0, 0, TILE * pitch))
-    kernels = first(kernels, 4, ints(0), ints(TILE * rows * window))
+    kernels = cut(kernels, 4, ints(0), ints(TILE * rows * window))
     kernels = op.Reshape(kernels, ints(0, 0, 0, 0, TILE, rows * window))
 
     # Rows of pixels, cut where tiles begin; as many pieces as a window reaches into.
@@ -126,9 +126,9 @@ def _sum_windows(
     strips = []
     for start in range(0, pieces * step, step):
         end = op.Add(op.Mul(tiles, ints(step)), ints(start))
-        strip = first(images, 3, ints(start), end)
+        strip = cut(images, 3, ints(start), end)
         strip = op.Reshape(strip, ints(0, 0, 0, -1, step * channels))
-        strips.append(first(strip, 4, ints(0), ints((window - start) * channels)))
+        strips.append(cut(strip, 4, ints(0), ints((window - start) * channels)))
     strips = op.Transpose(op.Concat(*strips, axis=4), perm=[0, 1, 3, 2, 4])
 
     count = op.Squeeze(height, ints(0))
@@ -141,5 +141,5 @@ def _sum_windows(
     out = op.MatMul(kernels, op.Reshape(windows, shape))
     out = op.Transpose(out, perm=[0, 1, 5, 3, 2, 4])
     out = op.Reshape(out, ints(0, 0, 0, 0, -1))
-    out = first(out, 4, ints(0), width)
+    out = cut(out, 4, ints(0), width)
     return op.Reshape(out, _joined(0, groups * channels, sides))
