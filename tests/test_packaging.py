@@ -234,13 +234,16 @@ def test_extras_of_toolboxes_leave_mmcv_and_torchvision_alone(metadata):
     assert {name: everything[name] for name in parts} == parts
 
 
+def tested_requirements() -> list[Requirement]:
+    lines = (ROOT / 'requirements' / 'tested.txt').read_text().splitlines()
+    return [Requirement(line) for line in lines if line and not line.startswith('#')]
+
+
 def test_tested_versions_lie_in_the_supported_ranges():
     tested = {}
-    for line in (ROOT / 'requirements' / 'tested.txt').read_text().splitlines():
-        if line and not line.startswith('#'):
-            requirement = Requirement(line)
-            assert requirement.name not in tested, f'{requirement.name} stands twice'
-            tested[requirement.name] = requirement.specifier
+    for requirement in tested_requirements():
+        assert requirement.name not in tested, f'{requirement.name} stands twice'
+        tested[requirement.name] = requirement.specifier
     makefile = (ROOT / 'Makefile').read_text()
     (torch,) = re.findall(r'^TORCH \?= (.*)$', makefile, re.MULTILINE)
     tested |= {'torch': Requirement(torch).specifier, 'mmcv': tested['mmcv-lite']}
@@ -253,9 +256,8 @@ def test_tested_versions_lie_in_the_supported_ranges():
 def test_the_tested_versions_are_for_each_supported_python():
     """A pin that the oldest Python cannot have would end its set-up."""
     checked = []
-    for line in (ROOT / 'requirements' / 'tested.txt').read_text().splitlines():
-        requirement = Requirement(line) if line and line[0] != '#' else None
-        if requirement is None or requirement.marker or '==' not in line:
+    for requirement in tested_requirements():
+        if requirement.marker or '==' not in str(requirement.specifier):
             continue
         try:
             found = installed(requirement.name)
@@ -263,7 +265,9 @@ def test_the_tested_versions_are_for_each_supported_python():
             continue
         if requirement.specifier.contains(found['Version']):
             python = found.get('Requires-Python') or ''
-            assert SpecifierSet(python).contains('3.10.0'), f'{line} wants {python}'
+            assert SpecifierSet(python).contains('3.10.0'), (
+                f'{requirement} wants {python}'
+            )
             checked.append(requirement.name)
     assert len(checked) > 10
 
