@@ -234,14 +234,14 @@ def test_extras_of_toolboxes_leave_mmcv_and_torchvision_alone(metadata):
     assert {name: everything[name] for name in parts} == parts
 
 
-def tested_requirements() -> list[Requirement]:
+def read_tested_txt() -> list[Requirement]:
     lines = (ROOT / 'requirements' / 'tested.txt').read_text().splitlines()
     return [Requirement(line) for line in lines if line and not line.startswith('#')]
 
 
 def test_tested_versions_lie_in_the_supported_ranges():
     tested = {}
-    for requirement in tested_requirements():
+    for requirement in read_tested_txt():
         assert requirement.name not in tested, f'{requirement.name} stands twice'
         tested[requirement.name] = requirement.specifier
     makefile = (ROOT / 'Makefile').read_text()
@@ -256,7 +256,7 @@ def test_tested_versions_lie_in_the_supported_ranges():
 def test_the_tested_versions_are_for_each_supported_python():
     """A pin that the oldest Python cannot have would end its set-up."""
     checked = []
-    for requirement in tested_requirements():
+    for requirement in read_tested_txt():
         if requirement.marker or '==' not in str(requirement.specifier):
             continue
         try:
