@@ -41,6 +41,7 @@ def run(name: str) -> None:
     try:
         compat.apply()
         from mmcls_involution.engine.errors import one_message_per_error
+        from mmcls_involution.engine.processes import leave_process_group
     except ImportError as error:
         sys.exit(
             f'Error: {error}\n'
@@ -49,6 +50,7 @@ def run(name: str) -> None:
     with one_message_per_error():
         command = import_module(module)
         command.main(parse(command))
+        leave_process_group()
 
 
 def parse(command: ModuleType) -> argparse.Namespace:
