@@ -50,17 +50,19 @@ def involution2d(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
-    rows, columns = weight.shape[2:4]
-    groups, (height, width) = weight.shape[1], weight.shape[4:]
+    columns = weight.shape[3]
     window = window_of(columns, stride[1], dilation[1])
-    kernels = weight.permute(0, 1, 4, 5, 2, 3).flatten(1, 2)  # N, G*Ho, Wo, K, K
-    kernels = _spread(kernels, window, stride[1], dilation[1])
-    kernels = kernels.reshape(-1, groups, height, width, rows * window + stride[1])
-    tiles = (width + TILE - 1) // TILE
-    kernels = F.pad(kernels, (0, 0, 0, tiles * TILE - width))
-    kernels = kernels.unflatten(3, (-1, TILE)).transpose(2, 3)
+    kernels = weight.permute(0, 1, 4, 5, 2, 3)  # N, G, Ho, Wo, K, K
+    kernels = _spread(kernels.flatten(1, 2), window, stride[1], dilation[1])
+    kernels = F.pad(kernels, (0, 0, 0, -weight.shape[5] % TILE))
     return _sum_windows(
-        input, kernels, (rows, columns), (height, width), stride, padding, dilation
+        input,
+        kernels.unflatten(1, (weight.shape[1], -1)).flatten(2, 3),
+        weight.shape[2:4],
+        weight.shape[4:],
+        stride,
+        padding,
+        dilation,
     )
 
 
@@ -82,15 +84,17 @@ def fused_involution2d(
         span = torch.cat([span, bias[:, None]], dim=1)
     span = span.unflatten(0, (-1, *kernel_size)).permute(0, 3, 1, 2)  # G, R, K, K
     span = _spread(span, window, stride[1], dilation[1])
-    tiles = (width + TILE - 1) // TILE
     more = 0 if bias is None else 1
-    pixels = F.pad(reduced, (0, tiles * TILE - width, 0, 0, 0, more), value=1.0)
-    pixels = pixels.reshape(-1, channels + more, height, tiles, TILE)
-    pixels = pixels.permute(0, 3, 2, 4, 1).flatten(1, 3).unsqueeze(1)
-    kernels = torch.matmul(pixels, span)  # N, G, tiles*Ho*TILE, K*window + stride
-    kernels = kernels.reshape(-1, span.shape[0], tiles, height, TILE, span.shape[2])
+    pixels = F.pad(reduced, (0, -width % TILE, 0, 0, 0, more), value=1.0)
+    pixels = pixels.flatten(2).transpose(1, 2).unsqueeze(1)
     return _sum_windows(
-        input, kernels, kernel_size, (height, width), stride, padding, dilation
+        input,
+        torch.matmul(pixels, span),
+        kernel_size,
+        (height, width),
+        stride,
+        padding,
+        dilation,
     )
 
 
@@ -146,13 +150,14 @@ def _sum_windows(
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The product of kernels [N, G, tiles, Ho, TILE, K*window + stride] and windows."""
+    """The product of kernels [N, G, Ho*tiles*TILE, K*window + stride] and windows."""
     height, width = size
-    groups, tiles, pitch = kernels.shape[1], kernels.shape[2], kernels.shape[5]
+    groups, pitch = kernels.shape[1], kernels.shape[3]
+    tiles = (width + TILE - 1) // TILE
     window = window_of(kernel_size[1], stride[1], dilation[1])
     columns = kernel_size[0] * window
-    kernels = kernels.reshape(-1, groups, tiles, height, TILE * pitch)
-    kernels = kernels[..., : TILE * columns].unflatten(4, (TILE, columns))
+    kernels = kernels.reshape(-1, groups, height * tiles, TILE * pitch)
+    kernels = kernels[..., : TILE * columns].unflatten(3, (TILE, columns))
 
     # A row of pixels is cut where tiles begin. A window is such a piece and the next,
     # or as many as it reaches into.
@@ -161,20 +166,23 @@ def _sum_windows(
     right = (tiles + pieces - 1) * step - input.shape[3] - padding[1]
     # A stride may leave pixels that no window sees, and `right` would be negative.
     pad = (0, 0, padding[1], right + stride[1], padding[0], padding[0])
-    images = input.unflatten(1, (groups, channels)).permute(0, 1, 3, 4, 2)
+    images = input.reshape(-1, groups, channels, input.shape[2] * input.shape[3])
+    images = images.transpose(2, 3).unflatten(2, input.shape[2:])
     images = F.pad(images, pad)
     strips = []
     for first in range(0, pieces * step, step):
         strip = images[:, :, :, first : first + tiles * step]
-        strip = strip.reshape(-1, groups, images.shape[2], tiles, step * channels)
-        strips.append(strip[..., : (window - first) * channels])
-    strips = torch.cat(strips, dim=4).transpose(2, 3)
+        strip = strip.reshape(-1, groups, images.shape[2] * tiles, step * channels)
+        last = window - first < step
+        strips.append(strip[..., : (window - first) * channels] if last else strip)
+    strips = torch.cat(strips, dim=3)
     device = input.device
-    lines = torch.arange(height, device=device) * stride[0]
-    taps = torch.arange(kernel_size[0], device=device) * dilation[0]
-    windows = strips.index_select(3, (lines[:, None] + taps).flatten())
-    windows = windows.reshape(-1, groups, tiles, height, columns, channels)
+    lines = torch.arange(height, device=device) * stride[0] * tiles
+    lines = lines[:, None, None] + torch.arange(tiles, device=device)[:, None]
+    taps = torch.arange(kernel_size[0], device=device) * dilation[0] * tiles
+    windows = strips.index_select(2, (lines + taps).flatten())
+    windows = windows.reshape(-1, groups, height * tiles, columns, channels)
 
-    out = torch.matmul(kernels, windows)  # N, G, tiles, Ho, TILE, C/G
-    out = out.permute(0, 1, 5, 3, 2, 4).flatten(4)[..., :width]
-    return out.flatten(1, 2)
+    out = torch.matmul(kernels, windows)  # N, G, Ho*tiles, TILE, C/G
+    out = out.flatten(2, 3).transpose(2, 3).unflatten(3, (height, tiles * TILE))
+    return out[..., :width].flatten(1, 2)
