@@ -33,17 +33,18 @@ LONG = 'takes minutes: test_tools runs it small'
 DATA = 'needs a data set that is downloaded: test_dataset_converters.py draws one'
 PIP = 'installs: test_packaging.py and test_setup.py do'
 NOT_RUN = {
-    r'python tools/(train|test)\.py|python -m mmcls_involution train': TRAINS,
+    r'python (tools/(train|test)\.py|-m mmcls_involution (train|test))': TRAINS,
     r'(\w+=\S+ )*bash tools/(dist|slurm)\.sh': 'test_tools/test_dist.py',
     r'python tools/reproduce\.py': 'test_runs/test_reproduce.py',
     r'python tools/analysis_tools/make_start\.py': 'test_tools/test_make_start.py',
     r'python -m mmcls_involution compare': 'test_runs/test_compare.py',
     r'python tools/(infer|visualizations/vis_kernels)\.py': 'test_apis',
-    r'python -m mmcls_involution (kernels|web)': 'test_apis',
+    r'python -m mmcls_involution (infer|kernels|web)': 'test_apis',
     r'python -m mmcls_involution export': 'test_deployment',
+    r'python -m mmcls_involution publish': 'test_weights/test_convert.py',
     r'tensorboard --logdir': 'serves until it is stopped',
     r'python tools/model_converters/': 'test_weights/test_convert.py',
-    r'python tools/check_dataset\.py': 'test_data',
+    r'python (tools/check_dataset\.py|-m mmcls_involution check)': 'test_data',
     r'python tools/(analysis_tools/benchmark_|analysis_tools/compile_kernels)': LONG,
     r"SEEDS='[\d ]+' bash tools/analysis_tools/compare_backbones\.sh": TRAINS,
     r'make (demo|test|setup|lint|bench-gpu)': LONG,

@@ -40,7 +40,7 @@ What to try next
       python tools/dataset_converters/bccd.py BCCD_Dataset
       python tools/train.py configs/bccd/faster-rcnn_rednet50_fpn_bccd.py
     and compare with its ResNet-50 twin, configs/bccd/faster-rcnn_r50_fpn_bccd.py
-  - your own data: the top of configs/_base_/datasets/bccd_detection.py says how
+  - your own data: docs/own_data.md
   - the tests: make test"""
 
 

@@ -1,24 +1,11 @@
 # BCCD blood cells, written by tools/dataset_converters/bccd.py. The environment
 # variable BCCD_ROOT names another folder.
 #
-# Another data set in COCO format takes a config of these lines, say configs/mine.py:
-#   _base_ = './bccd/faster-rcnn_rednet50_fpn_bccd.py'
-#   mine = dict(data_root='data/mine', metainfo=dict(classes=('cat', 'dog')))
-#   train_dataloader = dict(dataset=dict(ann_file='train.json', **mine))
-#   val_dataloader = dict(dataset=dict(ann_file='val.json', **mine))
-#   test_dataloader = val_dataloader
-#   val_evaluator = dict(ann_file='data/mine/val.json')
-#   test_evaluator = val_evaluator
-#   model = dict(roi_head=dict(bbox_head=dict(num_classes=2)))
-# classes are the categories of the annotation file, in its order; photos are looked
-# for in data_root/images (data_prefix=dict(img=...)). The same keys can be given to
-# tools/train.py with --cfg-options.
-#
-# Photos are scaled to 320x240. Small objects in larger ones want more:
+# Another data set in COCO format takes a config of a few lines over one of configs/bccd:
+# docs/datasets.md has them. Photos are scaled to 320x240; small objects in larger ones
+# want more:
 #   train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.scale
-# and the test data loader's. Training starts from scratch; from ImageNet weights over
-#   _base_ = './bccd/faster-rcnn_rednet50-in1k-pre_fpn_1x_bccd.py'
-# and from a detector of the same config with load_from='FILE'.
+# and the test data loader's.
 dataset_type = 'CocoDataset'
 data_root = '{{$BCCD_ROOT:data/bccd}}'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))
