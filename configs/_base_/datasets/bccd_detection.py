@@ -1,9 +1,8 @@
 # BCCD blood cells, written by tools/dataset_converters/bccd.py. The environment
 # variable BCCD_ROOT names another folder.
 #
-# Another data set in COCO format takes a config of a few lines over one of configs/bccd:
-# docs/datasets.md has them. Photos are scaled to 320x240; small objects in larger ones
-# want more:
+# Another data set in COCO format takes a config of a few lines, which docs/datasets.md
+# has. Photos are scaled to 320x240; small objects in larger ones want more:
 #   train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.scale
 # and the test data loader's.
 dataset_type = 'CocoDataset'
