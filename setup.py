@@ -105,7 +105,7 @@ EXTRAS = {
         'pytest',
         'pytest-xdist',
         'ruff',
-        'triton>=3.4; sys_platform == "linux"',
+        'triton; sys_platform == "linux"',
     ],
 }
 

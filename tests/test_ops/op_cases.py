@@ -7,6 +7,7 @@ import torch
 
 from mmcls_involution.ops import BACKENDS
 from mmcls_involution.ops.backends import reference
+from mmcls_involution.ops.backends.triton_kernels import LOWEST_TRITON
 
 # (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
 # sides, so that a swapped axis shows.
@@ -26,6 +27,11 @@ case = pytest.mark.parametrize(
     'shape, groups, kernel, stride, padding, dilation', CASES.values(), ids=CASES
 )
 TRITON_KERNELS = ('forward', 'grad_input', 'grad_weight', 'grad_weight_banded')
+# For pytest.importorskip.
+WITH_TRITON = dict(
+    modname='triton',
+    minversion='.'.join(map(str, LOWEST_TRITON)),
+)
 # An empty batch has no element to perturb.
 NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
 

@@ -6,7 +6,7 @@ gradient of its output; all else follows the arithmetic of floating point.
 
 import pytest
 import torch
-from op_cases import PLACES, oracle, pair
+from op_cases import PLACES, WITH_TRITON, oracle, pair
 from test_fused import make as make_fused
 from test_fused import set_tiles, two_steps
 from test_involution2d import make
@@ -44,7 +44,7 @@ def assert_same(ours, right):
 def kernels(place):
     """The functions of a backend, and where they run."""
     if place == 'interpreter':
-        pytest.importorskip('triton')
+        pytest.importorskip(**WITH_TRITON)
         yield triton_kernels
     else:
         name, device = place

@@ -5,12 +5,11 @@ test_involution2d and the others run the operators with this backend where there
 GPU. test_triton_setup.py has what comes before a result: whether they can run at all.
 """
 
-import importlib.util
 import random
 
 import pytest
 import torch
-from op_cases import CASES, DTYPES, TRITON_KERNELS, pair
+from op_cases import CASES, DTYPES, TRITON_KERNELS, WITH_TRITON, pair
 
 from mmcls_involution.ops import involution2d, output_size
 from mmcls_involution.ops.backends import default_backend, reference, tap_sum
@@ -18,8 +17,7 @@ from mmcls_involution.ops.backends import triton_kernels as triton
 from mmcls_involution.ops.backends.contract import Problem
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('Triton is not installed', allow_module_level=True)
+pytest.importorskip(**WITH_TRITON)
 on_gpu = pytest.mark.skipif(
     triton.supports(Problem.typical('cuda', torch.float32)) is not None,
     reason='needs an NVIDIA GPU',

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from op_cases import TRITON_KERNELS
+from op_cases import TRITON_KERNELS, WITH_TRITON
 
 from mmcls_involution.ops import involution2d
 from mmcls_involution.ops.backends import default_backend
@@ -21,8 +21,7 @@ from mmcls_involution.ops.backends.contract import Problem
 
 ROOT = Path(__file__).parents[2]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
-if importlib.util.find_spec('triton') is None:
-    pytest.skip('Triton is not installed', allow_module_level=True)
+pytest.importorskip(**WITH_TRITON)
 NAMES = ('forward', 'grad_input', 'grad_weight')
 
 
