@@ -355,7 +355,8 @@ def main(args: argparse.Namespace) -> None:
         args.config, args.checkpoint, 'cpu', cfg_options=args.cfg_options
     )
     toolbox_model = inferencer.model
-    shape = args.shape or SHAPES[inferencer.cfg.default_scope]
+    cfg = getattr(inferencer, 'cfg', None) or inferencer.config  # MMPretrain's
+    shape = args.shape or SHAPES[cfg.default_scope]
     model = (
         WithBoxes(toolbox_model)
         if args.boxes

@@ -213,7 +213,8 @@ def test_pt2(decompose, tmp_path):
 
 
 @needs_onnx
-def test_command_writes_classes_and_preprocessing(tmp_path):
+@pytest.mark.parametrize('shape', [[65, 71], None])
+def test_command_writes_classes_and_preprocessing(shape, tmp_path):
     import onnxruntime
 
     config = tmp_path / 'slim.py'
@@ -226,12 +227,12 @@ def test_command_writes_classes_and_preprocessing(tmp_path):
     out = tmp_path / 'model.onnx'
     parser = argparse.ArgumentParser()
     export.add_arguments(parser)
-    arguments = [str(config), '--out', str(out), '--shape', '65', '71']
-    export.main(parser.parse_args(arguments))
+    given = ['--shape', *map(str, shape)] if shape else []
+    export.main(parser.parse_args([str(config), '--out', str(out), *given]))
     session = onnxruntime.InferenceSession(str(out))
     about = session.get_modelmeta().custom_metadata_map
     about = {key: json.loads(value) for key, value in about.items()}
-    assert about['size'] == [65, 71] and about['channel_order'] == 'RGB'
+    assert about['size'] == (shape or [224, 224]) and about['channel_order'] == 'RGB'
     assert about['mean'] == pytest.approx([123.675, 116.28, 103.53])
     assert len(about['classes']) == 1000 and session.get_inputs()[0].name == 'image'
     assert not (tmp_path / '.model.onnx').exists()
