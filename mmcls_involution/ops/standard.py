@@ -8,8 +8,8 @@ together. The shift costs nothing: a row that is ``stride`` longer than its pitc
 with the pitch, lies ``stride`` further on. Where kernels are generated, the convolution
 that spans them writes the zeros between.
 
-Each transposition moves one axis alone: ONNX Runtime took ten times as long for the
-others. So windows keep the order of the image, rows of it before tiles.
+Windows keep the order of the image, rows of it before tiles, so that each transposition
+of pixels moves one axis alone: ONNX Runtime took ten times as long for the others.
 
 Sizes may be symbols, of torch.export or of torch.jit.trace.
 """
