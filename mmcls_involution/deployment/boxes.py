@@ -22,6 +22,7 @@ BOXES = ('dets', 'labels', 'masks')
 OPSET = 16  # the first whose RoiAlign has aligned boxes
 ALIKE = 0.1  # pixels between the edges of the same box from two runtimes
 UNSURE = 1e-3  # a pixel whose probability is so near to the threshold may be either
+ALL = 2**31 - 1  # boxes that NonMaxSuppression may leave
 UNMATCHED = 0.02  # part of the boxes that may be others: rounding suppresses some
 CODER = 'DeltaXYWHBBoxCoder'
 NMS = {'iou_threshold', 'class_agnostic', 'split_thr'}  # what is known of its settings
@@ -60,8 +61,9 @@ class WithBoxes(Exported):
             label -1.
         """
         maps = super().forward(image)
-        # Of the shape as a tensor, which stays a part of the graph.
-        limits = torch._shape_as_tensor(image)[[3, 2, 3, 2]].to(image)
+        # As tensors, so that the sizes stay a part of the graph.
+        height, width = (torch.scalar_tensor(side) for side in image.shape[2:])
+        limits = torch.stack([width, height, width, height]).to(image)
         if not hasattr(self.model, 'roi_head'):
             return *_one_stage(self.model.bbox_head, maps, limits), *maps
         levels = self.model.rpn_head.prior_generator.num_levels
@@ -325,7 +327,7 @@ def _extract(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tenso
     return out
 
 
-# Operators, so that a trace has one node of each.
+# Operators, so that a trace has one node of each, and how the two exporters write them.
 
 
 @torch.library.custom_op('mmcls_involution::non_max_suppression', mutates_args=())
@@ -346,6 +348,12 @@ def _non_max_suppression(
     return torch.cat(found)
 
 
+@_non_max_suppression.register_fake
+def _(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:
+    count = torch.library.get_ctx().new_dynamic_size()
+    return boxes.new_empty(count, 3, dtype=torch.long)
+
+
 @torch.library.custom_op('mmcls_involution::roi_align', mutates_args=())
 def _roi_align(
     feature: Tensor,
@@ -363,6 +371,19 @@ def _roi_align(
     return roi_align(feature, rois, tuple(size), scale, samples, 'avg', aligned)
 
 
+@_roi_align.register_fake
+def _(
+    feature: Tensor,
+    boxes: Tensor,
+    image: Tensor,
+    size: Sequence[int],
+    scale: float,
+    samples: int,
+    aligned: bool,
+) -> Tensor:
+    return feature.new_empty(boxes.shape[0], feature.shape[1], *size)
+
+
 @symbolic_helper.parse_args('v', 'v', 'f', 'f')
 def _write_suppression(g: Any, boxes: Any, scores: Any, iou: float, above: float):
     def constant(value: float, dtype: torch.dtype) -> Any:
@@ -370,8 +391,28 @@ def _write_suppression(g: Any, boxes: Any, scores: Any, iou: float, above: float
 
     return g.op(
         'NonMaxSuppression',
-        *(boxes, scores, constant(2**31 - 1, torch.int64)),
+        *(boxes, scores, constant(ALL, torch.int64)),
         *(constant(iou, torch.float32), constant(above, torch.float32)),
+    )
+
+
+def _translate_suppression(boxes: Any, scores: Any, iou: float, above: float) -> Any:
+    from onnxscript import opset18 as op
+
+    thresholds = (op.Constant(value_floats=[value]) for value in (iou, above))
+    all_ = op.Constant(value_ints=[ALL])
+    return op.NonMaxSuppression(boxes, scores, all_, *thresholds)
+
+
+def _roi_align_attributes(
+    size: Sequence[int], scale: float, samples: int, aligned: bool
+) -> dict[str, Any]:
+    return dict(
+        coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
+        output_height=size[0],
+        output_width=size[1],
+        sampling_ratio=max(samples, 0),
+        spatial_scale=scale,
     )
 
 
@@ -387,17 +428,28 @@ def _write_roi_align(
     aligned: bool,
 ):
     # MMCV's own form means what the operator was before opset 16.
+    attributes = _roi_align_attributes(size, scale, samples, aligned)
+    suffixes = {str: 's', int: 'i', float: 'f'}
     return g.op(
         'RoiAlign',
         *(feature, boxes, image),
-        coordinate_transformation_mode_s='half_pixel'
-        if aligned
-        else 'output_half_pixel',
-        output_height_i=size[0],
-        output_width_i=size[1],
-        sampling_ratio_i=max(samples, 0),
-        spatial_scale_f=scale,
+        **{f'{key}_{suffixes[type(v)]}': v for key, v in attributes.items()},
     )
+
+
+def _translate_roi_align(
+    feature: Any,
+    boxes: Any,
+    image: Any,
+    size: Sequence[int],
+    scale: float,
+    samples: int,
+    aligned: bool,
+) -> Any:
+    from onnxscript import opset18 as op
+
+    attributes = _roi_align_attributes(size, scale, samples, aligned)
+    return op.RoiAlign(feature, boxes, image, **attributes)
 
 
 for _name, _write in (
@@ -405,6 +457,11 @@ for _name, _write in (
     ('roi_align', _write_roi_align),
 ):
     torch.onnx.register_custom_op_symbolic(f'mmcls_involution::{_name}', _write, OPSET)
+
+BOXES_AS_NODES = {  # for the newer exporter, a custom_translation_table
+    torch.ops.mmcls_involution.non_max_suppression.default: _translate_suppression,
+    torch.ops.mmcls_involution.roi_align.default: _translate_roi_align,
+}
 
 
 # The check ----------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -35,9 +36,15 @@ from torch import Tensor
 
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
-from mmcls_involution.deployment.boxes import BOXES, OPSET, WithBoxes, check_boxes
+from mmcls_involution.deployment.boxes import (
+    BOXES,
+    BOXES_AS_NODES,
+    OPSET,
+    WithBoxes,
+    check_boxes,
+)
 from mmcls_involution.deployment.runtime import register_custom_operators
-from mmcls_involution.deployment.translation import translations
+from mmcls_involution.deployment.translation import DOMAIN, NODES, translations
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.config import add_cfg_options
 from mmcls_involution.engine.errors import UserError
@@ -47,10 +54,6 @@ from mmcls_involution.ops import standard
 TOLERANCE = 1e-5  # of the largest value of an output
 # What torch's exporters write; below 13 ONNX lacks what involution needs.
 OPSETS = {'torchscript': (13, 20), 'dynamo': (18, 23)}
-OPERATORS = {
-    'involution2d': (2, 'Involution2d'),
-    'fused_involution2d': (4, 'FusedInvolution2d'),
-}
 
 
 def need(*packages: str) -> None:
@@ -100,7 +103,7 @@ def export_onnx(
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     if exporter == 'dynamo':
         options.update(dynamo=True, verbose=False, external_data=False)
-        options['custom_translation_table'] = translations()
+        options['custom_translation_table'] = translations(operator) | BOXES_AS_NODES
         if dynamic:
             any_size = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
             options['dynamic_shapes'] = (any_size,)
@@ -111,8 +114,7 @@ def export_onnx(
                 name: model.axes(name) for name in names
             }
     kept = standard.kept() if exporter == 'dynamo' else _operators(operator, opset)
-    with warnings.catch_warnings(), kept:
-        warnings.simplefilter('ignore')  # of tracing: what came out is compared
+    with _silent(), kept:
         try:
             torch.onnx.export(model, (image,), str(file), **options)
         except RuntimeError as error:  # torch.onnx's own are such too
@@ -124,25 +126,45 @@ def export_onnx(
 
 
 @contextmanager
+def _silent() -> Iterator[None]:
+    """No warnings of tracing: what comes out is compared."""
+    logger = logging.getLogger('onnx_ir')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
 def _operators(operator: str, opset: int) -> Iterator[None]:
     """Have involution exported in standard operators, or as one of our own."""
     if operator == 'standard':
         yield
         return
 
-    def symbolic(inputs: int, name: str) -> Callable[..., Any]:
+    def symbolic(operator: str) -> Callable[..., Any]:
+        name, inputs, keys = NODES[operator]
+
         def write(g: Any, *arguments: Any) -> Any:
             from torch.onnx import symbolic_helper
 
-            tensors, rest = list(arguments[:inputs]), arguments[inputs:-1]
-            if inputs == 4 and symbolic_helper._is_none(tensors[3]):
-                tensors.pop()
-            keys = ('kernel_shape', 'strides', 'pads', 'dilations')[-len(rest) :]
-            values = (symbolic_helper._parse_arg(value, 'is') for value in rest)
+            tensors = [
+                tensor
+                for tensor in arguments[: len(inputs)]
+                if not symbolic_helper._is_none(tensor)
+            ]
+            values = (
+                symbolic_helper._parse_arg(value, 'is')
+                for value in arguments[len(inputs) : -1]
+            )
             attributes = {
                 f'{key}_i': list(value) for key, value in zip(keys, values, strict=True)
             }
-            out = g.op(f'mmcls_involution::{name}', *tensors, **attributes)
+            out = g.op(f'{DOMAIN}::{name}', *tensors, **attributes)
             # Where sizes are known ONNX Runtime adds residuals inside convolutions.
             shapes = [tensor.type().sizes() or [None] * 4 for tensor in tensors[:2]]
             sizes = [*shapes[0][:2], *shapes[1][-2:]]
@@ -150,9 +172,9 @@ def _operators(operator: str, opset: int) -> Iterator[None]:
 
         return write
 
-    for name, (inputs, node) in OPERATORS.items():
+    for name in NODES:
         torch.onnx.register_custom_op_symbolic(
-            f'mmcls_involution::{name}', symbolic(inputs, node), opset
+            f'mmcls_involution::{name}', symbolic(name), opset
         )
     with standard.kept():
         yield
@@ -419,10 +441,6 @@ def _check(args: argparse.Namespace, out: Path) -> None:
         exporter = args.exporter = args.exporter or 'torchscript'
         opset = args.opset = 18 if args.opset is None else args.opset
         custom = args.operator == 'custom'
-        dynamo = exporter == 'dynamo'
-        if dynamo and (custom or args.boxes):
-            flag = '--operator custom' if custom else '--boxes'
-            raise UserError(f'{flag} needs --exporter torchscript.')
         lowest, highest = OPSETS[args.exporter]
         lowest = max(lowest, OPSET) if args.boxes else lowest
         if not lowest <= opset <= highest:
@@ -430,7 +448,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
                 f'--opset {opset}: --exporter {exporter} writes {lowest} to {highest}'
                 f'{" with --boxes" if args.boxes else ""}.'
             )
-        need('onnx', 'onnxruntime', *(['onnxscript'] if dynamo else []))
+        need('onnx', 'onnxruntime', *['onnxscript'] * (exporter == 'dynamo'))
         if custom:
             import onnxruntime
 

@@ -1,8 +1,8 @@
 """The operators in those of ONNX, for torch's newer exporter.
 
-They are the forms of ``ops/standard.py``, which says how they work. That exporter would
-take minutes to decompose them for sizes that are symbols; here sizes are read in the
-graph.
+In standard operators they are the forms of ``ops/standard.py``, which says how they
+work. That exporter would take minutes to decompose them for sizes that are symbols;
+here sizes are read in the graph.
 """
 
 from __future__ import annotations
@@ -14,14 +14,88 @@ import torch
 
 from mmcls_involution.ops.standard import TILE, window_of
 
+# Each operator as a node of our own: name, inputs, and attributes, all lists of int.
+DOMAIN = 'mmcls_involution'
+NODES = {
+    'involution2d': (
+        'Involution2d',
+        ('input', 'weight'),
+        ('strides', 'pads', 'dilations'),
+    ),
+    'fused_involution2d': (
+        'FusedInvolution2d',
+        ('input', 'reduced', 'weight', 'bias'),
+        ('kernel_shape', 'strides', 'pads', 'dilations'),
+    ),
+}
 
-def translations() -> dict[Any, Any]:
-    """The argument ``custom_translation_table`` of ``torch.onnx.export``."""
+
+def translations(operator: str = 'standard') -> dict[Any, Any]:
+    """The argument ``custom_translation_table`` of ``torch.onnx.export``.
+
+    Args:
+        operator (str): ``'standard'``, or ``'custom'`` for this package's own nodes,
+            which ``register_custom_operators`` makes known to ONNX Runtime. Defaults to
+            ``'standard'``.
+    """
     operators = torch.ops.mmcls_involution
+    custom = operator == 'custom'
     return {
-        operators.involution2d.default: _involution2d,
-        operators.fused_involution2d.default: _fused_involution2d,
+        operators.involution2d.default: _own_involution2d if custom else _involution2d,
+        operators.fused_involution2d.default: (
+            _own_fused_involution2d if custom else _fused_involution2d
+        ),
     }
+
+
+def _own_involution2d(
+    input: Any,
+    weight: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Any:
+    return _own_node('involution2d', (input, weight), (stride, padding, dilation))
+
+
+def _own_fused_involution2d(
+    input: Any,
+    reduced: Any,
+    weight: Any,
+    bias: Any,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    backend: str,
+) -> Any:
+    tensors = (input, reduced, weight, *(() if bias is None else (bias,)))
+    lists = kernel_size, stride, padding, dilation
+    return _own_node('fused_involution2d', tensors, lists)
+
+
+def _own_node(
+    operator: str, tensors: Sequence[Any], lists: Sequence[Sequence[int]]
+) -> Any:
+    import onnx
+    from onnxscript.values import Op, Opset
+
+    name, inputs, attributes = NODES[operator]
+    schema = onnx.defs.OpSchema
+    value, kind = schema.FormalParameter, schema.FormalParameterOption
+    of_node = schema(
+        *(name, DOMAIN, 1),
+        inputs=[
+            value(i, 'T', param_option=kind.Optional if i == 'bias' else kind.Single)
+            for i in inputs
+        ],
+        outputs=[value('output', 'T')],
+        type_constraints=[('T', ['tensor(float)'], '')],
+        attributes=[schema.Attribute(a, schema.AttrType.INTS) for a in attributes],
+    )
+    values = dict(zip(attributes, map(list, lists), strict=True))
+    return Op(Opset(DOMAIN, 1), name, of_node)(*tensors, **values)
 
 
 def _fused_involution2d(

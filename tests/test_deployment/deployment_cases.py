@@ -14,6 +14,7 @@ from torch import nn
 
 from mmcls_involution.deployment import export
 from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops.backends import BACKENDS
 from mmcls_involution.paths import ROOT
 
 
@@ -26,6 +27,12 @@ def needs(*packages: str) -> pytest.MarkDecorator:
 needs_onnx = needs('onnx', 'onnxruntime')
 needs_onnxscript = needs('onnxscript')
 SLIM = dict(depth=26, stem_channels=32, base_channels=16)
+
+
+def needs_library(operator: str = 'custom') -> None:
+    """Skip a test of custom operators where there are none."""
+    if operator == 'custom' and BACKENDS['native'].kernels._library() is None:
+        pytest.skip('the C++ kernels were not built')
 
 
 def slim(config: str, **changes) -> nn.Module:

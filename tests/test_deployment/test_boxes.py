@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from deployment_cases import command, needs_onnx, slim
+from deployment_cases import command, needs_onnx, needs_onnxscript, slim
 from mmdet.models.dense_heads import EmbeddingRPNHead
 from mmdet.models.losses import SeesawLoss
 from torch import nn
@@ -85,14 +85,22 @@ def test_boxes_are_those_of_mmdetection(name, change):
 
 
 @needs_onnx
-@pytest.mark.parametrize('score_thr', [0, 1])
+@pytest.mark.parametrize(
+    'score_thr, exporter',
+    [
+        (0, 'torchscript'),
+        (1, 'torchscript'),
+        pytest.param(0, 'dynamo', marks=[needs_onnxscript, pytest.mark.long]),
+    ],
+)
 @pytest.mark.parametrize('name', DETECTORS)
-def test_boxes_in_the_graph(name, score_thr, monkeypatch, tmp_path, capsys):
+def test_boxes_in_the_graph(name, score_thr, exporter, monkeypatch, tmp_path, capsys):
     """Scores above 1 has no box."""
     import onnxruntime
 
     out = tmp_path / 'model.onnx'
     arguments = ['--out', out, '--boxes', '--dynamic', '--shape', '64', '96']
+    arguments += ['--exporter', exporter]
     command(monkeypatch, detector(name, score_thr), *arguments, backbone=False)
     said = capsys.readouterr().out.replace('\n', ' ')
     if score_thr:

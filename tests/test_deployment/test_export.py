@@ -13,6 +13,7 @@ from deployment_cases import (
     SLIM,
     Tuple,
     command,
+    needs_library,
     needs_onnx,
     needs_onnxscript,
     slim,
@@ -24,7 +25,6 @@ from mmcls_involution.deployment import detections, export
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.ops import Involution2d
-from mmcls_involution.ops.backends import BACKENDS
 from mmcls_involution.paths import ROOT
 
 # Batches and odd sizes that the example is not of.
@@ -32,6 +32,9 @@ OTHERS = [(1, 3, 65, 97), (3, 3, 77, 64), (1, 3, 91, 129)]
 
 
 each_exporter = pytest.mark.parametrize(
+    'exporter', ['torchscript', pytest.param('dynamo', marks=needs_onnxscript)]
+)
+of_models_each_exporter = pytest.mark.parametrize(
     'exporter',
     [
         'torchscript',
@@ -59,13 +62,13 @@ def check(
         ('torchscript', 'standard'),
         ('torchscript', 'custom'),
         pytest.param('dynamo', 'standard', marks=needs_onnxscript),
+        pytest.param('dynamo', 'custom', marks=[needs_onnxscript, pytest.mark.long]),
     ],
 )
 def test_backbone_of_any_size(exporter, operator, tmp_path):
     import onnx
 
-    if operator == 'custom' and BACKENDS['native'].kernels._library() is None:
-        pytest.skip('the C++ kernels were not built')
+    needs_library(operator)
     model = slim('imagenet/rednet26_64xb32-warmup-coslr_in1k.py')
     check(model, tmp_path / 'model.onnx', exporter, operator, backbone=True)
     nodes = onnx.load(tmp_path / 'model.onnx').graph.node
@@ -74,9 +77,7 @@ def test_backbone_of_any_size(exporter, operator, tmp_path):
 
 
 @needs_onnx
-@pytest.mark.parametrize(
-    'exporter', ['torchscript', pytest.param('dynamo', marks=needs_onnxscript)]
-)
+@each_exporter
 @pytest.mark.parametrize('generator', ['linear', 'attention'])
 def test_other_generators(generator, exporter, tmp_path):
     """Attention exports for the size of its example."""
@@ -90,18 +91,18 @@ def test_other_generators(generator, exporter, tmp_path):
 
 
 @needs_onnx
+@each_exporter
 @pytest.mark.parametrize(
     'arguments', [dict(fused=False), dict(generator='attention')], ids=str
 )
-def test_custom_operator_with_kernels_as_an_input(arguments, tmp_path):
+def test_custom_operator_with_kernels_as_an_input(arguments, exporter, tmp_path):
     import onnx
 
-    if BACKENDS['native'].kernels._library() is None:
-        pytest.skip('the C++ kernels were not built')
+    needs_library()
     layer = nn.Sequential(Involution2d(16, 3, stride=2, **arguments))
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     image, file = torch.randn(2, 16, 19, 23), tmp_path / 'model.onnx'
-    export.export_onnx(model, image, file, operator='custom')
+    export.export_onnx(model, image, file, exporter=exporter, operator='custom')
     run = export.load(file, 'onnx', threads=1, operator='custom')
     export.compare(model, run, [tuple(image.shape)])
     types = {node.op_type for node in onnx.load(file).graph.node if node.domain}
@@ -109,14 +110,16 @@ def test_custom_operator_with_kernels_as_an_input(arguments, tmp_path):
 
 
 @needs_onnx
-def test_sizes_behind_custom_operators_are_known(tmp_path):
+@each_exporter
+def test_sizes_behind_custom_operators_are_known(exporter, tmp_path):
     """Without them ONNX Runtime does not put the addition behind into a convolution."""
     import onnx
 
     layer = nn.Sequential(Involution2d(16, stride=2))
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = tmp_path / 'model.onnx'
-    export.export_onnx(model, torch.randn(2, 16, 19, 23), file, operator='custom')
+    options = dict(exporter=exporter, operator='custom')
+    export.export_onnx(model, torch.randn(2, 16, 19, 23), file, **options)
     graph = onnx.load(file).graph
     (node,) = (node for node in graph.node if node.domain == 'mmcls_involution')
     values = {value.name: value for value in [*graph.value_info, *graph.output]}
@@ -129,8 +132,7 @@ def test_custom_operators_say_what_fails(tmp_path):
     """Here the window of a pixel is larger than any memory."""
     import onnx
 
-    if BACKENDS['native'].kernels._library() is None:
-        pytest.skip('the C++ kernels were not built')
+    needs_library()
     layer = nn.Sequential(Involution2d(16, 3))
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     image, file = torch.randn(1, 16, 5, 7), tmp_path / 'model.onnx'
@@ -147,7 +149,7 @@ def test_custom_operators_say_what_fails(tmp_path):
 
 
 @needs_onnx
-@each_exporter
+@of_models_each_exporter
 def test_semantic_fpn(exporter, tmp_path):
     changes = {
         'model.neck.in_channels': [64, 128, 256, 512],
@@ -161,7 +163,7 @@ def test_semantic_fpn(exporter, tmp_path):
 
 
 @needs_onnx
-@each_exporter
+@of_models_each_exporter
 def test_upernet(exporter, tmp_path):
     changes = {
         'model.decode_head.in_channels': [64, 128, 256, 512],
@@ -174,7 +176,7 @@ def test_upernet(exporter, tmp_path):
 
 
 @needs_onnx
-@each_exporter
+@of_models_each_exporter
 @pytest.mark.parametrize('name', ['retinanet', 'faster-rcnn'])
 def test_detectors_and_their_boxes(name, exporter, tmp_path):
     changes = {'model.neck.in_channels': [64, 128, 256, 512]}
@@ -283,7 +285,6 @@ def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
         (['--opset', '15', '--boxes'], 'writes 16 to 20 with --boxes'),
         (['--opset', '0'], '--opset 0: --exporter torchscript writes 13 to 20'),
         (['--boxes'], '--boxes and --backbone: a backbone has no boxes'),
-        (['--boxes', '--exporter', 'dynamo'], '--boxes needs --exporter torchscript'),
         (['--format', 'pt2', '--opset', '18'], '--opset is for --format onnx'),
         (['--format', 'pt2', '--exporter', 'dynamo'], '--exporter is for --format onn'),
         (['--format', 'pt2', '--boxes'], '--boxes is for --format onnx'),

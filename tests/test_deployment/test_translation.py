@@ -1,4 +1,4 @@
-"""Involution in ONNX's operators as the newer exporter writes them, against PyTorch."""
+"""Involution in ONNX as the newer exporter writes it, against PyTorch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployment_cases import Tuple, needs_onnx, needs_onnxscript
+from deployment_cases import Tuple, needs_library, needs_onnx, needs_onnxscript
 from torch import nn
 
 from mmcls_involution.deployment import export
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.ops import Involution2d, fused_involution2d
 
+each_operator = pytest.mark.parametrize('operator', ['standard', 'custom'])
+
 
 @needs_onnx
 @needs_onnxscript
+@each_operator
 @pytest.mark.parametrize(
     'fused, arguments',
     [
@@ -28,9 +31,10 @@ from mmcls_involution.ops import Involution2d, fused_involution2d
     ],
     ids=str,
 )
-def test_any_size(fused, arguments, tmp_path):
+def test_any_size(fused, arguments, operator, tmp_path):
     """Batches and sizes that the example is not of, down to one pixel."""
-    check(nn.Sequential(Involution2d(32, fused=fused, **arguments)), tmp_path)
+    layer = nn.Sequential(Involution2d(32, fused=fused, **arguments))
+    check(layer, operator, tmp_path)
 
 
 class _WithoutBias(nn.Module):
@@ -44,15 +48,18 @@ class _WithoutBias(nn.Module):
 
 @needs_onnx
 @needs_onnxscript
-def test_without_bias(tmp_path):
-    check(_WithoutBias(), tmp_path)
+@each_operator
+def test_without_bias(operator, tmp_path):
+    check(_WithoutBias(), operator, tmp_path)
 
 
-def check(layer: nn.Module, folder: Path) -> None:
+def check(layer: nn.Module, operator: str, folder: Path) -> None:
+    needs_library(operator)
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = folder / 'model.onnx'
     image = torch.randn(2, 32, 19, 23)
-    export.export_onnx(model, image, file, dynamic=True, exporter='dynamo')
+    options = dict(exporter='dynamo', operator=operator)
+    export.export_onnx(model, image, file, dynamic=True, **options)
     sizes = [random.choices(range(1, 40), k=2) for _ in range(3)]
     shapes = [(random.randint(1, 3), 32, *size) for size in [(19, 23), (1, 1), *sizes]]
-    export.compare(model, export.load(file, 'onnx', threads=1), shapes)
+    export.compare(model, export.load(file, 'onnx', 1, operator), shapes)
