@@ -94,7 +94,7 @@ def build_inferencer(
         device (str, optional): Such as ``'cpu'`` or ``'cuda:0'``. Defaults to None: a
             GPU where there is one.
         cfg_options (dict, optional): Settings that override those of a config that is
-            read here, such as ``{'model.test_cfg.score_thr': 0.3}``.
+            read here, such as ``{'model.test_cfg.rcnn.score_thr': 0.3}``.
 
     Returns:
         mmdet.apis.DetInferencer | mmseg.apis.MMSegInferencer |

@@ -32,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmengine.config import Config
+from mmengine.registry import TRANSFORMS
 from torch import Tensor
 
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
@@ -46,7 +48,7 @@ from mmcls_involution.deployment.boxes import (
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.translation import DOMAIN, NODES, translations
 from mmcls_involution.deployment.wrappers import Exported
-from mmcls_involution.engine.config import add_cfg_options
+from mmcls_involution.engine.config import add_cfg_options, dicts, is_called
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
@@ -325,6 +327,23 @@ def metadata(
     return {key: json.dumps(value) for key, value in found.items()}
 
 
+def tested_size(cfg: Config) -> tuple[int, int]:
+    """Height and width that the test pipeline of a config resizes or crops images to.
+
+    Where it keeps the ratio of sides, that is what images are fitted into. The paper's,
+    as of the command ``flops``, where it does neither.
+    """
+    size = SHAPES[cfg.default_scope]
+    for _, step in dicts(cfg.get('test_dataloader')):
+        for name, key in (('Resize', 'scale'), ('CenterCrop', 'crop_size')):
+            if is_called(step.get('type'), name, TRANSFORMS) and step.get(key):
+                width_height = step[key]
+                if isinstance(width_height, int):
+                    width_height = (width_height, width_height)
+                size = tuple(width_height[::-1])
+    return size
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     parser.add_argument('config', help='config file, or the name of one of ours')
@@ -338,7 +357,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs=2,
         metavar=('HEIGHT', 'WIDTH'),
-        help="of the image in pixels (default: the paper's, as of flops)",
+        help='of the image in pixels (default: what the config resizes to for tests)',
     )
     parser.add_argument(
         '--dynamic', action='store_true', help='any batch, height and width'
@@ -378,7 +397,7 @@ def main(args: argparse.Namespace) -> None:
     )
     toolbox_model = inferencer.model
     cfg = getattr(inferencer, 'cfg', None) or inferencer.config  # MMPretrain's
-    shape = args.shape or SHAPES[cfg.default_scope]
+    shape = args.shape or tested_size(cfg)
     model = (
         WithBoxes(toolbox_model)
         if args.boxes

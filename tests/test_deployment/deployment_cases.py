@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Run the command on a model, in place of that of a config."""
     model.data_preprocessor = nn.Module()
-    cfg = SimpleNamespace(default_scope='mmpretrain')
+    cfg = Config(dict(default_scope='mmpretrain'))
     inferencer = SimpleNamespace(model=model, cfg=cfg, classes=['a', 'b'])
     monkeypatch.setattr(export, 'build_inferencer', lambda *_, **__: inferencer)
     parser = argparse.ArgumentParser()

@@ -18,6 +18,7 @@ from deployment_cases import (
     needs_onnxscript,
     slim,
 )
+from mmengine.config import Config
 from op_cases import needs_pooling_of_any_size
 from torch import nn
 
@@ -238,6 +239,24 @@ def test_command_writes_classes_and_preprocessing(shape, tmp_path):
     assert about['mean'] == pytest.approx([123.675, 116.28, 103.53])
     assert len(about['classes']) == 1000 and session.get_inputs()[0].name == 'image'
     assert not (tmp_path / '.model.onnx').exists()
+
+
+@pytest.mark.parametrize(
+    'config, size',
+    [
+        ('imagenet/rednet50_64xb32-warmup-coslr_in1k.py', (224, 224)),
+        ('coco/faster-rcnn_rednet50_fpn_1x_coco.py', (800, 1333)),
+        ('cityscapes/fpn_rednet50_4xb2-80k_cityscapes-512x1024.py', (1024, 2048)),
+        ('bccd/faster-rcnn_rednet50_fpn_bccd.py', (240, 320)),
+        ('camvid/fpn_rednet50_1xb2-8k_camvid-240x320.py', (360, 480)),
+    ],
+)
+def test_size_is_that_of_the_test_pipeline(config, size):
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    assert export.tested_size(cfg) == size
+    cfg.pop('test_dataloader')
+    paper = {'coco': (800, 1280), 'bccd': (800, 1280), 'imagenet': (224, 224)}
+    assert export.tested_size(cfg) == paper.get(config.split('/')[0], (1024, 2048))
 
 
 class _Norms(nn.Module):
