@@ -2,9 +2,8 @@
 # variable BCCD_ROOT names another folder.
 #
 # Another data set in COCO format takes a config of a few lines, which docs/datasets.md
-# has. Photos are scaled to 320x240; small objects in larger ones want more:
-#   train_dataloader.dataset.pipeline.2.scale, val_dataloader.dataset.pipeline.1.scale
-# and the test data loader's.
+# has. Photos are scaled to 320x240; small objects in larger ones want more, and
+# docs/own_data.md says how.
 dataset_type = 'CocoDataset'
 data_root = '{{$BCCD_ROOT:data/bccd}}'
 metainfo = dict(classes=('RBC', 'WBC', 'Platelets'))

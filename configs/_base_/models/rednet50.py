@@ -1,7 +1,7 @@
 # RedNet-50 as detectors and segmenters start with it: from the authors' ImageNet
 # weights, as PaddleClas keeps them, or from the file that the environment variable
 # REDNET50 names. The stem of those weights has an involution of 3x3; the one of 7x7
-# here computes the same with them, and learns from there.
+# here computes the same with them, and learns from there where it is not frozen.
 custom_imports = dict(imports=['mmcls_involution.models'], allow_failed_imports=False)
 
 weights = '{{$REDNET50:paddleclas://RedNet50}}'
