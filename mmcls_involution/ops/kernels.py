@@ -64,7 +64,7 @@ def record_kernels(
     }
 
     def record(layer: Involution2d, args: tuple, kwargs: dict) -> None:
-        with torch.no_grad(), _copies_of_buffers(layer):
+        with torch.no_grad(), CopiesOfBuffers(layer):
             kernels[names[layer]].append(layer.kernels(*args, **kwargs))
 
     names = {involutions[name]: name for name in kernels}
@@ -75,15 +75,22 @@ def record_kernels(
         yield kernels
 
 
-@contextmanager
-def _copies_of_buffers(layer: nn.Module) -> Iterator[None]:
-    """Let a layer update copies of its buffers: autograd may have saved the buffers."""
-    kept = [(module, dict(module._buffers)) for module in layer.modules()]
-    for module, buffers in kept:
-        for name, value in buffers.items():
-            module._buffers[name] = None if value is None else value.clone()
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.update(buffers)
+class CopiesOfBuffers:
+    """While it is entered, a module's buffers are copies: what is written is lost.
+
+    Autograd may have saved the buffers themselves. torch enters the same one again for
+    each backward pass through a checkpoint, which a generator's context does not
+    survive.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __enter__(self) -> None:
+        self.own = [(m, m._buffers) for m in self.module.modules() if m._buffers]
+        for m, buffers in self.own:
+            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
+
+    def __exit__(self, *error: object) -> None:
+        for m, buffers in self.own:
+            m._buffers = buffers

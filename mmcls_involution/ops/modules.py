@@ -294,13 +294,7 @@ class Involution2d(nn.Module):
         if geometry != ((1, 1), (1, 1), (0, 0), 1):
             return None
         for module in (self.conv2, span):
-            if (
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-                or 'forward' in module.__dict__
-            ):
+            if hooked(module):
                 return None
         return span
 
@@ -374,6 +368,17 @@ def _inside(
     taps = torch.arange(kernel_size, device=device) * dilation - padding
     pixels = torch.arange(out, device=device) * stride + taps[:, None]
     return (pixels >= 0) & (pixels < size)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether more than its forward method runs when a module is called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or 'forward' in module.__dict__
+    )
 
 
 # What asks tensors for more than torch.fx's proxies know is one node of its graphs.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from .modules import Involution2d
+from .modules import Involution2d, hooked
 
 
 class InvolutionConv(nn.Sequential):
@@ -353,15 +353,7 @@ def _watched(conv: nn.Conv2d) -> str | None:
     if type(conv) is not nn.Conv2d:
         kind = type(conv)
         return f'it is a {kind.__module__}.{kind.__qualname__}'
-    if (
-        conv._forward_hooks
-        or conv._forward_pre_hooks
-        or conv._backward_hooks
-        or conv._backward_pre_hooks
-        or 'forward' in conv.__dict__
-    ):
-        return 'it has hooks'
-    return None
+    return 'it has hooks' if hooked(conv) else None
 
 
 def _stand_in(conv: nn.Conv2d, involution_cfg: dict[str, Any]) -> InvolutionConv:

@@ -18,29 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmcls_involution.ops import transforms
 from mmcls_involution.ops.checks import check_input, check_positive
 from mmcls_involution.ops.geometry import memory_format
+from mmcls_involution.ops.kernels import CopiesOfBuffers
 from mmcls_involution.weights.fit import Fit, Misfit, grow_kernels
 
 from ..layers import Involution2d
-
-
-class _OnCopiesOfBuffers:
-    """While it is entered, a module's buffers are copies: what is written is lost.
-
-    torch enters the same one again for each backward pass through a checkpoint, which
-    a generator's context does not survive.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def __enter__(self) -> None:
-        self.own = [(m, m._buffers) for m in self.module.modules() if m._buffers]
-        for m, buffers in self.own:
-            m._buffers = {k: b if b is None else b.clone() for k, b in buffers.items()}
-
-    def __exit__(self, *error: object) -> None:
-        for m, buffers in self.own:
-            m._buffers = buffers
 
 
 def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module):
@@ -53,7 +34,7 @@ def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modu
         x,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in a stem or a block is random
-        context_fn=lambda: (nullcontext(), _OnCopiesOfBuffers(module)),
+        context_fn=lambda: (nullcontext(), CopiesOfBuffers(module)),
     )
 
 
