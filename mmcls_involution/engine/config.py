@@ -383,6 +383,28 @@ def missing(path: Path, key: str, cfg: Config | None = None) -> str | None:
     return message
 
 
+def check_output(path: Path, what: str = 'the output', in_place: bool = False) -> None:
+    """Refuse an output file that could not be written, before any work is done.
+
+    Args:
+        path: The file.
+        what: The flag that gave it. Defaults to 'the output'.
+        in_place: Whether an earlier file is written over; else a new one takes its
+            place. Defaults to False.
+
+    Raises:
+        UserError: If it is a folder, its folder is missing, or one that has to be
+            written to is read-only.
+    """
+    if path.is_dir():
+        raise UserError(f'{what}: {path} is a folder: name a file')
+    if not path.parent.is_dir():
+        raise UserError(f'{what}: the folder {path.parent} does not exist: make it')
+    place = path if in_place and path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f'{what}: {place} is read-only: name another place')
+
+
 def is_local(cfg: dict, path: Any) -> bool:
     """Whether a path that a part of a config gives is one of this machine."""
     backend = (cfg.get('backend_args') or {}).get('backend', 'local')

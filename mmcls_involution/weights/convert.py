@@ -36,16 +36,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcls_involution import __version__
-from mmcls_involution.engine.config import missing, read_config
+from mmcls_involution.engine.config import check_output, missing, read_config
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.weights.download import cache_folder, download
-from mmcls_involution.weights.files import (
-    check_output,
-    plain,
-    read_checkpoint,
-    save,
-    sha256,
-)
+from mmcls_involution.weights.files import plain, read_checkpoint, save, sha256
 from mmcls_involution.weights.fit import Fit, Misfit
 from mmcls_involution.weights.paddleclas import SCHEME, fetch, read_pdparams
 

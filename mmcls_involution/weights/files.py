@@ -367,20 +367,6 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written, before anything is read.
-
-    Raises:
-        UserError: If it is a folder, or its folder is missing or read-only.
-    """
-    if path.is_dir():
-        raise UserError(f'the output {path} is a folder: name a file')
-    if not path.parent.is_dir():
-        raise UserError(f'the folder of the output {path} does not exist: make it')
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f'the folder of the output {path} is read-only')
-
-
 def plain(value: Any) -> Any:
     """What of a checkpoint's meta data loads weights-only in any program.
 
