@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -164,7 +165,9 @@ def local(src: str) -> Path:
         if message := missing(Path(src), 'the input'):
             raise UserError(message)
         return Path(src)
-    path = cache_folder() / Path(urlparse(src).path).name
+    # By the whole address: many a file is called latest.pth.
+    folder = cache_folder() / hashlib.sha256(src.encode()).hexdigest()[:16]
+    path = folder / Path(urlparse(src).path).name
     download(src, path, reader(path))
     return path
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mmcls_involution.models import RedNet
+from mmcls_involution.weights.convert import local
 
 CONVERTER, PUBLISHER = 'convert', 'publish'
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
@@ -255,6 +256,17 @@ def test_sources_elsewhere(name, weights, config, command, tmp_path, monkeypatch
             assert torch.equal(found[name], value)
     gone = command(CONVERTER, f'{url}.pth', tmp_path / 'new.pth', '--config', config)
     assert 'cannot download file://' in gone
+
+
+def test_files_of_one_name_from_two_addresses(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    name = 'latest-20260101.pth'  # a date, not the hash of its content
+    for run in ('run1', 'run2'):
+        (tmp_path / run).mkdir()
+        torch.save(dict(weights, of=torch.tensor(int(run[-1]))), tmp_path / run / name)
+    files = [local(f'file://{tmp_path}/run{i}/{name}') for i in (1, 2, 1)]
+    assert [int(torch.load(file)['of']) for file in files] == [1, 2, 1]
+    assert {file.name for file in files} == {name}
 
 
 def test_says_whether_a_file_is_the_published_one(
