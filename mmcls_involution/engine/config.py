@@ -250,12 +250,10 @@ def shipped(path: Path) -> Path | None:
 
 def _similar_files(path: Path) -> str:
     """Name the config files whose path or name resembles ``path``."""
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    if folder == Path():
-        folder = Path('configs')
-    files = [str(file) for file in folder.glob('**/*.py')]
+    # No deeper: it may be a home folder, or the root of the disk.
+    folder = path.parent if path.parent.is_dir() else path.parent.parent
+    patterns = ('*.py', '*/*.py', 'configs/*/*.py')
+    files = [str(file) for pattern in patterns for file in folder.glob(pattern)]
     files += [file.stem for file in (ROOT / 'configs').glob('[!_]*/*.py')]
     return did_you_mean(str(path), files)
 
