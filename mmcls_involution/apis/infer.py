@@ -221,16 +221,28 @@ def write_picture(
     if not frame.video:
         _write(out_dir / f'{frame.name}.jpg', picture)
         return
-    if frame.video not in videos:
-        videos[frame.video] = cv2.VideoWriter(
-            str(out_dir / f'{frame.video}.mp4'),
-            cv2.VideoWriter.fourcc(*'mp4v'),
-            frame.rate,
-            frame.image.shape[1::-1],
-        )
-        stack.callback(videos[frame.video].release)
     size = frame.image.shape[1::-1]
+    if frame.video not in videos:
+        path, kind = out_dir / f'{frame.video}.mp4', cv2.VideoWriter.fourcc(*'mp4v')
+        video = cv2.VideoWriter(str(path), kind, _mpeg4_rate(frame.rate), size)
+        if not video.isOpened():  # nor does this raise anything
+            raise UserError(
+                f'Cannot write {path}: is the folder writable, the disk full, or is '
+                "OpenCV's codec for MPEG-4 missing?"
+            )
+        videos[frame.video] = video
+        stack.callback(video.release)
     videos[frame.video].write(cv2.resize(picture, size))
+
+
+def _mpeg4_rate(rate: float) -> float:
+    """The closest rate of which OpenCV makes a fraction that MPEG-4 can hold.
+
+    OpenCV takes as many decimals as it needs, up to three, and MPEG-4 a number up to
+    65535 above the powers of ten.
+    """
+    rounded = ((round(rate, digits), 10**digits) for digits in (3, 2, 1, 0))
+    return next((r for r, power in rounded if r * power <= 65535), 65535)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mmcls_involution.data.checks import check_in_full, data_sets
 from mmcls_involution.data.rules import RULES, Finding
-from mmcls_involution.engine.config import add_cfg_options, read_config
+from mmcls_involution.engine.config import add_cfg_options, check_output, read_config
 from mmcls_involution.engine.errors import UserError
 
 SHOWN = 10  # findings per rule in the report
@@ -66,8 +66,8 @@ def check(args: argparse.Namespace) -> int:
     Returns:
         int: Number of findings.
     """
-    if args.out and (args.out.is_dir() or not args.out.parent.is_dir()):
-        raise UserError(f'--out {args.out}: name a file in a folder that exists')
+    if args.out:
+        check_output(args.out, '--out', in_place=True)
     cfg = read_config(args.config, args.cfg_options)
     splits = args.split or [
         split for split in ('train', 'val', 'test') if cfg.get(f'{split}_dataloader')

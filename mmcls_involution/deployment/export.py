@@ -48,7 +48,12 @@ from mmcls_involution.deployment.boxes import (
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.translation import DOMAIN, NODES, translations
 from mmcls_involution.deployment.wrappers import Exported
-from mmcls_involution.engine.config import add_cfg_options, dicts, is_called
+from mmcls_involution.engine.config import (
+    add_cfg_options,
+    check_output,
+    dicts,
+    is_called,
+)
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
@@ -478,12 +483,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
                 raise UserError(f'--{flag} is for --format onnx.')
     if args.boxes and args.backbone:
         raise UserError('--boxes and --backbone: a backbone has no boxes.')
-    if not out.name or out.is_dir():
-        raise UserError(f'--out: {args.out!r} is a folder; name the file to write.')
-    if not out.parent.is_dir():
-        raise UserError(f'--out: the folder {out.parent} does not exist.')
-    if not os.access(out.parent, os.W_OK):
-        raise UserError(f'--out: nothing can be written into the folder {out.parent}.')
+    check_output(out, '--out')
     if args.shape and min(args.shape) < 1:
         raise UserError('--shape: HEIGHT and WIDTH are pixels, at least 1 of each.')
 

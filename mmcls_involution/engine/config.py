@@ -250,12 +250,10 @@ def shipped(path: Path) -> Path | None:
 
 def _similar_files(path: Path) -> str:
     """Name the config files whose path or name resembles ``path``."""
-    folder = path.parent
-    while not folder.is_dir():
-        folder = folder.parent
-    if folder == Path():
-        folder = Path('configs')
-    files = [str(file) for file in folder.glob('**/*.py')]
+    # No deeper: it may be a home folder, or the root of the disk.
+    folder = path.parent if path.parent.is_dir() else path.parent.parent
+    patterns = ('*.py', '*/*.py', 'configs/*/*.py')
+    files = [str(file) for pattern in patterns for file in folder.glob(pattern)]
     files += [file.stem for file in (ROOT / 'configs').glob('[!_]*/*.py')]
     return did_you_mean(str(path), files)
 
@@ -381,6 +379,28 @@ def missing(path: Path, key: str, cfg: Config | None = None) -> str | None:
         ways.append(f'--cfg-options {key}=PLACE')
         message += f' Put it there, or name its place with {" or ".join(ways)}.'
     return message
+
+
+def check_output(path: Path, what: str = 'the output', in_place: bool = False) -> None:
+    """Refuse an output file that could not be written, before any work is done.
+
+    Args:
+        path: The file.
+        what: The flag that gave it. Defaults to 'the output'.
+        in_place: Whether an earlier file is written over; else a new one takes its
+            place. Defaults to False.
+
+    Raises:
+        UserError: If it is a folder, its folder is missing, or one that has to be
+            written to is read-only.
+    """
+    if path.is_dir():
+        raise UserError(f'{what}: {path} is a folder: name a file')
+    if not path.parent.is_dir():
+        raise UserError(f'{what}: the folder {path.parent} does not exist: make it')
+    place = path if in_place and path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise UserError(f'{what}: {place} is read-only: name another place')
 
 
 def is_local(cfg: dict, path: Any) -> bool:

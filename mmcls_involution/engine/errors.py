@@ -28,6 +28,11 @@ class UserError(Exception):
     """Something that the person who typed the command can put right."""
 
 
+# What a place that cannot be written to raises.
+OF_THE_DISK = (
+    *(errno.EACCES, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.EISDIR, errno.ENOTDIR, errno.EEXIST),
+)
 # What a wrong value in a config raises while something is built from it.
 CAUSED_BY_CONFIG = (AssertionError, KeyError, OSError, TypeError, ValueError)
 
@@ -173,12 +178,9 @@ def _with_place(error: Exception) -> str:
 
 def _explain(error: Exception) -> str | None:
     """A message for an error that config or machine caused; None for any other."""
-    if isinstance(error, OSError) and error.errno in (
-        errno.EACCES,
-        errno.ENOSPC,
-        errno.EROFS,
-    ):
-        return str(error)
+    explanation = getattr(error, 'explanation', None)
+    if isinstance(error, OSError) and error.errno in OF_THE_DISK:
+        return explanation or str(error)
     # What one process meets when another is gone: NCCL's error, and the text of gloo's.
     if isinstance(error, torch.distributed.DistBackendError) or '/gloo/' in str(error):
         found = str(error).partition('. This is typically')[0]
@@ -195,7 +197,7 @@ def _explain(error: Exception) -> str | None:
             "model.backbone.init_cfg.prefix=None; the authors' weights go through "
             'tools/model_converters/rednet_to_mmcls_involution.py.'
         )
-    return getattr(error, 'explanation', None)
+    return explanation
 
 
 def unknown_type(registry: Registry, kind: str) -> str:

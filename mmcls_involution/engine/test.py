@@ -7,6 +7,7 @@ MMDetection, MMSegmentation or MMPretrain, on a GPU or on the CPU.
 from __future__ import annotations
 
 import argparse
+import contextlib
 from copy import deepcopy
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from mmcls_involution.engine.checks import check
 from mmcls_involution.engine.config import (
     add_common_arguments,
     build_runner,
+    check_output,
     is_called,
     load_config,
 )
@@ -119,6 +121,11 @@ def check_out(cfg: Config, args: argparse.Namespace) -> None:
         raise UserError(f'--out {args.out}: metrics go to a .json, .yaml or .pkl file')
     if not saves_file(args) and cfg.default_scope != 'mmseg':
         raise UserError(f'--out {args.out}: predictions go to a .pkl file')
+    if saves_file(args):
+        out = Path(args.out)
+        with contextlib.suppress(OSError):
+            out.parent.mkdir(parents=True, exist_ok=True)  # as MMEngine would
+        check_output(out, '--out', in_place=True)
 
 
 def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:

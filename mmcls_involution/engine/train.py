@@ -12,6 +12,7 @@ import argparse
 import logging
 import shutil
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from mmengine.config import Config
@@ -36,6 +37,7 @@ from mmcls_involution.engine.samples import BadSamples, samples_by_name
 from mmcls_involution.engine.saving import save_safely
 from mmcls_involution.weights.files import (
     check_checkpoint,
+    checkpoint_files,
     checkpoint_places,
     latest_checkpoint,
     starting_points,
@@ -146,14 +148,15 @@ def set_aside_checkpoints(runner: Runner) -> None:
 
     A run that does not go on from its work dir would overwrite them one by one.
     """
-    # Where they are written, a folder in the name of the files included.
-    written = checkpoint_places(Path(runner.work_dir), runner.cfg)
-    folders = {Path(folder, template).parent.resolve() for folder, template in written}
-    earlier = {
-        folder: files
-        for folder in sorted(folders)
-        if (files := sorted(folder.glob('*.pth')))
-    }
+    work_dir = Path(runner.work_dir)
+    files = {*checkpoint_files(work_dir, runner.cfg)}
+    for folder, template in checkpoint_places(work_dir, runner.cfg):
+        # A folder in the name of the files included; the best ones are not in it.
+        for place in (folder, Path(folder, template).parent):
+            files |= {*place.glob('*.pth'), *place.glob('best_*')}
+    earlier: dict[Path, set[str]] = defaultdict(set)
+    for file in sorted(files):
+        earlier[file.parent.resolve()].add(file.name)
     for key, start in starting_points(runner.cfg).items():
         file = Path(start).expanduser()
         if not earlier.keys() & {file.parent.resolve(), file.resolve().parent}:
@@ -164,10 +167,10 @@ def set_aside_checkpoints(runner: Runner) -> None:
             f"{key} is a checkpoint in this run's own work dir {file.parent}, which "
             'training would overwrite. Give another --work-dir, or go on with --resume.'
         )
-    for folder, files in earlier.items():
+    for folder, names in earlier.items():
         aside = folder / time.strftime('earlier_%Y%m%d_%H%M%S')
         aside.mkdir()
-        for file in [*files, folder / 'last_checkpoint']:
+        for file in (folder / name for name in [*names, 'last_checkpoint']):
             if file.exists():
                 shutil.move(file, aside)
         runner.logger.warning(

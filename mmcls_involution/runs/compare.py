@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shlex
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +71,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         recipe = dict(**train['config'], processes=train['processes'])
         # '[NAME=VALUE ...] python -m mmcls_involution test CONFIG ...'; earlier ones
         # ran tools/test.py, or tools/dist_test.sh
-        words = [Path(word) for word in shlex.split(test['command'])]
-        (config, *_) = [w.stem for w in words if w.suffix == '.py' and w.stem != 'test']
+        words = shlex.split(test['command'])
+        is_test = re.compile(r'test|([^=]*/)?(dist_)?test\.(py|sh)').fullmatch
+        (config, *_) = [after for word, after in pairwise(words) if is_test(word)]
+        config = Path(config).name.removesuffix('.py')
         seed, scores = test['meta']['seed'], test['scores']
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, LookupError, ValueError) as error:
         raise UserError(
             f'{folder} has no training that is finished and tested '
             f'({type(error).__name__}: {error}). Name work dirs of tools/reproduce.py.'

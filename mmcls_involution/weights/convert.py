@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -36,16 +37,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcls_involution import __version__
-from mmcls_involution.engine.config import missing, read_config
+from mmcls_involution.engine.config import check_output, missing, read_config
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.weights.download import cache_folder, download
-from mmcls_involution.weights.files import (
-    check_output,
-    plain,
-    read_checkpoint,
-    save,
-    sha256,
-)
+from mmcls_involution.weights.files import plain, read_checkpoint, save, sha256
 from mmcls_involution.weights.fit import Fit, Misfit
 from mmcls_involution.weights.paddleclas import SCHEME, fetch, read_pdparams
 
@@ -170,7 +165,9 @@ def local(src: str) -> Path:
         if message := missing(Path(src), 'the input'):
             raise UserError(message)
         return Path(src)
-    path = cache_folder() / Path(urlparse(src).path).name
+    # By the whole address: many a file is called latest.pth.
+    folder = cache_folder() / hashlib.sha256(src.encode()).hexdigest()[:16]
+    path = folder / Path(urlparse(src).path).name
     download(src, path, reader(path))
     return path
 

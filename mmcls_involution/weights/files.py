@@ -107,8 +107,27 @@ def checkpoint_places(
         if hook.get('out_dir') not in (None, own_dir):  # as CheckpointHook has it
             folder = Path(hook['out_dir'], Path(own_dir).name)
             own = own or ['epoch_{}.pth', 'iter_{}.pth']
-        found += [(folder, template) for template in own]
+        # Relative, also where the hook names an absolute path.
+        found += [(folder, os.path.relpath(Path(folder, x), folder)) for x in own]
     return found
+
+
+def checkpoint_files(work_dir: Path, cfg: Config | None = None) -> dict[Path, int]:
+    """The checkpoints of a training with the numbers in their names, -1 for none.
+
+    The best ones and published copies are not among them.
+
+    Args:
+        work_dir, cfg: As of :func:`checkpoint_places`.
+    """
+    numbers = {}
+    for folder, template in checkpoint_places(work_dir, cfg):
+        parts = re.split(r'\{.*?\}', template)
+        for file in folder.glob('*'.join(map(glob.escape, parts))):
+            name = file.relative_to(folder).as_posix()
+            if found := re.fullmatch(r'(\d+)'.join(map(re.escape, parts)), name):
+                numbers[file] = int(found[1]) if found.re.groups else -1
+    return numbers
 
 
 def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str | None:
@@ -125,13 +144,7 @@ def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str |
     Returns:
         Path | str | None: The file; or the address, where ``last_checkpoint`` has one.
     """
-    numbers = {}
-    for folder, template in checkpoint_places(work_dir, cfg):
-        parts = re.split(r'\{.*?\}', template)
-        for file in folder.glob('*'.join(map(glob.escape, parts))):
-            name = file.relative_to(folder).as_posix()
-            if found := re.fullmatch(r'(\d+)'.join(map(re.escape, parts)), name):
-                numbers[file] = int(found[1]) if found.re.groups else -1
+    numbers = checkpoint_files(work_dir, cfg)
     candidates = sorted(numbers, key=_age, reverse=True)
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
@@ -352,20 +365,6 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written, before anything is read.
-
-    Raises:
-        UserError: If it is a folder, or its folder is missing or read-only.
-    """
-    if path.is_dir():
-        raise UserError(f'the output {path} is a folder: name a file')
-    if not path.parent.is_dir():
-        raise UserError(f'the folder of the output {path} does not exist: make it')
-    if not os.access(path.parent, os.W_OK):
-        raise UserError(f'the folder of the output {path} is read-only')
 
 
 def plain(value: Any) -> Any:

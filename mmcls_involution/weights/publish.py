@@ -17,14 +17,9 @@ import argparse
 from pathlib import Path
 
 from mmcls_involution import __version__
+from mmcls_involution.engine.config import check_output
 from mmcls_involution.engine.errors import UserError
-from mmcls_involution.weights.files import (
-    check_output,
-    plain,
-    read_checkpoint,
-    save,
-    sha256,
-)
+from mmcls_involution.weights.files import plain, read_checkpoint, save, sha256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

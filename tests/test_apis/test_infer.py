@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from contextlib import ExitStack
 from pathlib import Path
 
 import cv2
@@ -190,6 +191,28 @@ def test_video(run, tmp_path):
     assert drawn.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert drawn.get(cv2.CAP_PROP_FPS) == 5
     assert drawn.get(cv2.CAP_PROP_FRAME_WIDTH) == 64
+
+
+@pytest.mark.parametrize(
+    ('rate', 'written'),
+    [(23.976, 23.976), (65.5361, 65.54), (240.123, 240.12), (90000, 65535)],
+)
+def test_rates_that_mpeg4_cannot_hold(rate, written, tmp_path):
+    image = np.zeros((48, 64, 3), dtype=np.uint8)
+    with ExitStack() as stack:
+        frame = infer.Frame('a#0', 'a_0', image, video='a', rate=rate)
+        infer.write_picture(tmp_path, frame, image, {}, stack)
+    video = cv2.VideoCapture(str(tmp_path / 'a.mp4'))
+    assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 1
+    assert video.get(cv2.CAP_PROP_FPS) == written
+
+
+def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
+    image = np.zeros((48, 64, 3), dtype=np.uint8)
+    for video in ('', 'a'):
+        frame = infer.Frame('a', 'a', image, video=video, rate=25)
+        with pytest.raises(UserError, match=f'Cannot write {tmp_path}/none/a'):
+            infer.write_picture(tmp_path / 'none', frame, image, {}, ExitStack())
 
 
 def test_files(photos, tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_many_findings_in_processes(coco, tmp_path):
     'flags, message',
     [
         (['--split', 'val'], 'has no data set in val_dataloader'),
-        (['--out', 'no/such/file'], 'name a file in a folder that exists'),
+        (['--out', 'no/such/file'], 'no/such does not exist: make it'),
         (
             ['--cfg-options', 'train_dataloader.dataset.type=CIFAR10'],
             'CIFAR10 reads its data in a way that check_dataset does not know',

@@ -307,9 +307,9 @@ def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
         (['--format', 'pt2', '--opset', '18'], '--opset is for --format onnx'),
         (['--format', 'pt2', '--exporter', 'dynamo'], '--exporter is for --format onn'),
         (['--format', 'pt2', '--boxes'], '--boxes is for --format onnx'),
-        (['--out', ''], "--out: '' is a folder"),
-        (['--out', '.'], "--out: '.' is a folder"),
-        (['--out', 'there'], "--out: 'there' is a folder"),
+        (['--out', ''], '--out: . is a folder'),
+        (['--out', '.'], '--out: . is a folder'),
+        (['--out', 'there'], '--out: there is a folder'),
         (['--out', 'nowhere/model.onnx'], '--out: the folder nowhere does not exist'),
     ],
 )

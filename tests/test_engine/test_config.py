@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mmcls_involution.engine.config import check_output
+from mmcls_involution.engine.errors import UserError
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -199,3 +202,16 @@ def test_missing_data_names_the_variable_for_its_place(command, tmp_path, monkey
     file = ROOT / 'tests' / 'tiny' / 'detector.py'
     message = command('train', file, '--work-dir', tmp_path)
     assert re.search('no-such-folder does not exist.*variable TINY_DATA or', message)
+
+
+@pytest.mark.parametrize('in_place', [False, True])
+def test_where_an_output_needs_leave_to_write(in_place, tmp_path, monkeypatch):
+    """In the folder, unless it is written over an earlier one (such as /dev/null)."""
+    (tmp_path / 'old').touch()
+    monkeypatch.setattr('os.access', lambda path, mode: path != tmp_path)
+    for name in ('new', 'old'):
+        if name == 'old' and in_place:
+            check_output(tmp_path / name, '--out', in_place)
+            continue
+        with pytest.raises(UserError, match=f'^--out: {tmp_path} is read-only'):
+            check_output(tmp_path / name, '--out', in_place)

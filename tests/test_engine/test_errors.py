@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 import pytest
@@ -88,6 +89,14 @@ def test_what_is_left_of_several_processes():
     message = message_of(RuntimeError(error))
     assert 'Another process of this run has ended' in message
     assert 'x.cc:5] Connection closed).' in message and '--resume' in message
+
+
+@pytest.mark.parametrize('name', 'EROFS EDQUOT EISDIR ENOTDIR EEXIST'.split())
+def test_a_place_that_cannot_be_written_to(name):
+    error = OSError(getattr(errno, name), 'the reason', 'preds.pkl')
+    assert message_of(error).endswith("] the reason: 'preds.pkl'")
+    error.explanation = 'Cannot build A'  # what was being built says more
+    assert message_of(error) == 'Error: Cannot build A'
 
 
 def test_bugs_keep_their_traceback():

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pickle
 import shutil
+from argparse import Namespace
 
 import pytest
 import torch
+from mmengine.config import Config
+
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.engine.test import check_out
 
 
 @pytest.mark.parametrize('task', ['detector', 'segmenter', 'classifier'])
@@ -40,6 +45,31 @@ def test_predictions_outlive_a_metric_that_fails(
     with pytest.raises(RuntimeError, match='of the metric'):
         tool('test', 'detector', file, '--work-dir', tmp_path, '--out', out)
     assert len(pickle.loads(out.read_bytes())) == 4
+
+
+@pytest.mark.parametrize('item', ['pred', 'metrics'])
+def test_an_output_that_cannot_be_written_is_refused_first(item, tmp_path, monkeypatch):
+    def check(out):
+        check_out(
+            Config(dict(default_scope='mmdet')), Namespace(out=str(out), out_item=item)
+        )
+
+    (tmp_path / 'folder.pkl').mkdir()
+    (tmp_path / 'file').touch()
+    (tmp_path / 'old.pkl').touch()
+    check(tmp_path / 'old.pkl')
+    check(tmp_path / 'new' / 'er' / 'a.pkl')
+    assert (tmp_path / 'new' / 'er').is_dir()
+    for name, message in (
+        ('folder.pkl', 'folder.pkl is a folder: name a file'),
+        ('file/a.pkl', 'file does not exist: make it'),
+    ):
+        with pytest.raises(UserError, match=f'--out: .*{message}'):
+            check(tmp_path / name)
+    for read_only, name in ((tmp_path, 'a.pkl'), (tmp_path / 'old.pkl', 'old.pkl')):
+        monkeypatch.setattr('os.access', lambda path, _, no=read_only: path != no)
+        with pytest.raises(UserError, match=f'--out: {read_only} is read-only'):
+            check(tmp_path / name)
 
 
 @pytest.mark.parametrize('task', ['detector', 'classifier'])

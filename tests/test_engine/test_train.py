@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+
+from mmcls_involution.engine.errors import UserError
+from mmcls_involution.engine.train import set_aside_checkpoints
 
 
 @pytest.mark.parametrize('task', ['detector', 'segmenter', 'classifier'])
@@ -57,6 +62,40 @@ def test_a_new_run_keeps_the_checkpoints_of_the_earlier_one(checkpoint, tool, tm
     message = tool('train', 'segmenter', '--work-dir', work, *options)
     assert f'{key}.checkpoint is a checkpoint in this run' in message
     assert (work / 'iter_1.pth').exists()
+
+
+@pytest.mark.parametrize(
+    'template', ['model_{}.pt', 'deep/model_{:03d}.pt', '{}/model.pt', 'newest.pt']
+)
+@pytest.mark.parametrize('out', [False, True])
+@pytest.mark.parametrize('absolute', [False, True])
+def test_checkpoints_by_any_name_are_kept(template, out, absolute, tmp_path):
+    work = tmp_path / 'work'
+    folder = tmp_path / 'out' / 'work' if out else work
+    hook = dict(filename_tmpl=str(folder / template) if absolute else template)
+    if out:
+        hook['out_dir'] = str(tmp_path / 'out')
+    last = folder / template.format(12)
+    best = folder / f'best_a_{template.format(12).replace("/", "_")}'
+    other = last.with_name('model_summary.pt')  # no checkpoint of this run
+    work.mkdir()
+    for file in (last, best, other):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(file.name)
+
+    cfg = Config(dict(model={}, default_hooks=dict(checkpoint=hook)))
+    runner = SimpleNamespace(work_dir=str(work), cfg=cfg, logger=logging.getLogger())
+    cfg.load_from = str(last)
+    with pytest.raises(UserError, match="load_from is a checkpoint in this run's own"):
+        set_aside_checkpoints(runner)
+    cfg.resume = True
+    set_aside_checkpoints(runner)
+    assert last.exists() and best.exists()
+    cfg.resume, cfg.load_from = False, None
+    set_aside_checkpoints(runner)
+    assert not last.exists() and not best.exists() and other.exists()
+    kept = {file.read_text() for file in tmp_path.rglob('earlier_*/*')}
+    assert kept == {last.name, best.name}
 
 
 def test_flags_come_before_options_before_config(tool, tmp_path, monkeypatch):

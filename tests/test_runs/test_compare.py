@@ -104,6 +104,30 @@ def test_called_from_another_folder_than_reproduce(tmp_path, monkeypatch):
                 tool.read_run(Path('.'))
 
 
+@pytest.mark.parametrize(
+    'command',
+    [
+        'python -m mmcls_involution test {}',
+        "D='a b/test' python -m torch.distributed.run -m mmcls_involution test {}",
+        'python tools/test.py {}',
+        'PORT=1 tools/dist_test.sh {}',
+    ],
+)
+@pytest.mark.parametrize('config', ['a-r50_v1.5', 'a-r50_v1.5.py', 'b/a-r50_v1.5.py'])
+def test_the_config_of_a_command(command, config, tmp_path):
+    """Of this package's configs a name will do."""
+    folder = write_run(tmp_path, 'c', 0, 30)
+    record = folder / 'report' / 'record.json'
+    changed = json.loads(record.read_text())
+    changed['test']['command'] = command.format(config) + ' test.py --work-dir test'
+    record.write_text(json.dumps(changed))
+    assert tool.read_run(folder).name == 'a-r50_v1.5'
+    changed['test']['command'] = 'python'
+    record.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match='has no training that is finished'):
+        tool.read_run(folder)
+
+
 def test_curves_are_those_of_the_logs(runs):
     configs = tool.group([tool.read_run(folder) for folder in runs])
     assert [[run.seed for run in group] for group in configs.values()] == [

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from mmcls_involution.models import RedNet
+from mmcls_involution.weights.convert import local
 
 CONVERTER, PUBLISHER = 'convert', 'publish'
 SLIM = dict(depth=26, base_channels=16, stem_channels=32)
@@ -255,6 +256,15 @@ def test_sources_elsewhere(name, weights, config, command, tmp_path, monkeypatch
             assert torch.equal(found[name], value)
     gone = command(CONVERTER, f'{url}.pth', tmp_path / 'new.pth', '--config', config)
     assert 'cannot download file://' in gone
+
+
+def test_files_of_one_name_from_two_addresses(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    files = [tmp_path / run / 'last-20260101.pth' for run in 'ab']  # a date, no hash
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        torch.save(dict(weights, of=torch.tensor(i)), file)
+    assert [torch.load(local(f'file://{f}'))['of'] for f in files * 2] == [0, 1, 0, 1]
 
 
 def test_says_whether_a_file_is_the_published_one(
