@@ -64,6 +64,27 @@ def test_damage_that_is_met_in_training(
     assert 'check_dataset.py' in message
 
 
+def test_damage_that_is_met_in_an_augmented_test(
+    seg_copy, edited, checkpoint, tool, tmp_path
+):
+    torn = seg_copy / 'images' / '0.png'
+    torn.write_bytes(torn.read_bytes()[:-50])
+    config = edited(
+        'segmenter',
+        "tta_model = dict(type='SegTTAModel')\n"
+        'tta_pipeline = [\n'
+        "    dict(type='LoadImageFromFile'),\n"
+        "    dict(type='TestTimeAug', transforms=[[dict(type='PackSegInputs')]]),\n"
+        ']\n',
+    )
+    options = [f'test_dataloader.dataset.data_root={seg_copy}']
+    message = tool(
+        *('test', 'segmenter', config, checkpoint('segmenter'), '--tta'),
+        *('--work-dir', tmp_path / 'w', '--cfg-options', *options),
+    )
+    assert message.startswith(f'Error: {torn}: '), message
+
+
 def test_image_too_narrow_to_be_resized(coco_root, tool, tmp_path):
     root = shutil.copytree(coco_root, tmp_path / 'data')
     Image.new('RGB', (2000, 3)).save(root / '2.png')
