@@ -55,7 +55,7 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
     elif path.endswith('.pdparams'):
         message = (
             f'{what}: {path} is a file of Paddle. '
-            'tools/model_converters/rednet_to_mmcls_involution.py converts it.'
+            '`python -m mmcls_involution convert` makes a checkpoint of it.'
         )
     else:
         message = missing(Path(path).expanduser(), what, cfg)
