@@ -8,6 +8,7 @@ becomes a row, and the rest goes on.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.metadata
 import importlib.util
@@ -412,6 +413,9 @@ def main() -> int:
     Returns:
         1 if any row says FAIL, else 0.
     """
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print(f'mmcls_involution {__version__} on {platform.platform()}')
     counts = dict.fromkeys((OK, WARN, FAIL), 0)
     for name, found in zip(CHECKS, found_by_child(), strict=True):

@@ -42,6 +42,14 @@ def run_doctor(python: str | Path = sys.executable, **env: str):
     return result.returncode, rows, result.stdout
 
 
+def test_help_checks_nothing(command, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, 'found_by_child', lambda: pytest.fail('has checked'))
+    assert command('doctor', '--help') == ''
+    shown = capsys.readouterr().out
+    assert 'usage: doctor' in shown and 'exits with 1 if any row says FAIL' in shown
+    assert command('doctor', '--halp') == '2'
+
+
 def test_everything_is_well_here():
     code, rows, output = run_doctor()
     assert [name for name, row in rows.items() if row[0] == FAIL] == [], output

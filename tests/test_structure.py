@@ -86,6 +86,28 @@ def test_package_does_not_import_tools():
             assert 'sys.path' not in file.read_text(), file
 
 
+def test_messages_name_no_script_of_the_checkout():
+    found = set()
+    for file in MODULES:
+        tree = ast.parse(file.read_text())
+        docstrings = {
+            id(node.body[0].value)
+            for node in ast.walk(tree)
+            if isinstance(getattr(node, 'body', None), list)
+            and isinstance(node.body[0], ast.Expr)
+        }
+        found |= {
+            (str(file.relative_to(PACKAGE)), node.value)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and id(node) not in docstrings
+            # but for those that an installation of a toolbox has
+            and re.search(r'(?<!\.mim/)\btools/\w|check_dataset', node.value)
+        }
+    assert found == set()
+
+
 @pytest.mark.parametrize('name', sorted(set(COMMANDS) - {'doctor'}))
 def test_every_command_keeps_the_contract(name):
     command = import_module(f'mmcls_involution.{COMMANDS[name][0]}')

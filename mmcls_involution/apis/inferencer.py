@@ -105,6 +105,7 @@ def build_inferencer(
         UserError: If the config is not there, cannot be read, or is for no toolbox
             that has an Inferencer; if the weights are not there, or leave parameters
             of the model unfilled.
+        Misfit: If the weights are of other involutions than the model's.
         pickle.UnpicklingError: If reading the weights could run code.
 
     Example:

@@ -34,6 +34,7 @@ from mmcls_involution.apis.inferencer import (
 from mmcls_involution.apis.vis_kernels import View, as_image, draw_kernels, look
 from mmcls_involution.console import console
 from mmcls_involution.engine.errors import UserError
+from mmcls_involution.weights.fit import Misfit
 
 SCORE_THR = 0.3  # as of the command `infer`
 MAX_FILE_SIZE = '50mb'
@@ -114,7 +115,7 @@ def answer(config: str, weights: str, file: str) -> Answer:
         return Answer(frame.fault.replace(file, Path(file).name) + '.')
     try:
         inferencer = load(config, weights)
-    except (UserError, pickle.UnpicklingError, RuntimeError, OSError) as error:
+    except (UserError, Misfit, pickle.UnpicklingError, RuntimeError, OSError) as error:
         return Answer(f'{Path(weights).name} cannot be used: {error}')
     ((_, sample, fault),) = predict(inferencer, [frame])
     if fault:

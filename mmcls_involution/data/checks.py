@@ -222,7 +222,7 @@ def format_of(kind: type) -> Check:
     if check := _family(kind):
         return check
     raise UserError(
-        f'{kind.__name__} reads its data in a way that check_dataset does not know: '
+        f'{kind.__name__} reads its data in a way that the check does not know: '
         'expected one that reads like CocoDataset, BaseSegDataset or CustomDataset'
     )
 
@@ -240,7 +240,7 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
         UserError: If it cannot be checked at all.
     """
     if not is_local(part, 'any'):
-        raise UserError(f'{path}: check_dataset reads local files, not backend_args')
+        raise UserError(f'{path}: the check reads local files, not backend_args')
     check = format_of(registered(DATASETS, part.get('type')))
     found = list(check_quickly(cfg, path, part))
     dataset = _unbuilt(part)

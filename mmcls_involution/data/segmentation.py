@@ -75,7 +75,8 @@ class Values:
 
 def label_values(dataset: Any, cfg: Config) -> Values:
     """What values on the disk mean to a BaseSegDataset of a config."""
-    heads = cfg.model.decode_head
+    model = cfg.model.get('module', cfg.model)  # inside that of test --tta
+    heads = model.decode_head
     heads = heads if isinstance(heads, list) else [heads]
     ignored = {head.get('ignore_index', 255) for head in heads}
     # The classes on the disk: of a label map some are ignored, or get other numbers.

@@ -130,6 +130,21 @@ def export_onnx(
                 f'{opset}: {str(error).strip().splitlines()[0]} Another --opset or '
                 '--exporter may do, or --format pt2.'
             ) from error
+    if exporter == 'dynamo' and dynamic:
+        _forget_sizes(file)
+
+
+def _forget_sizes(file: Path) -> None:
+    """Have the runtime infer the sizes between layers.
+
+    Those that torch 2.11 writes hold for some sizes of images alone, and ONNX Runtime
+    relies on them.
+    """
+    import onnx
+
+    proto = onnx.load(file)
+    del proto.graph.value_info[:]
+    onnx.save(proto, file)
 
 
 @contextmanager

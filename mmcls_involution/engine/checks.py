@@ -60,7 +60,8 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
             message = first.message
             if more:
                 message += (
-                    f' {len(more)} more like this: tools/check_dataset.py lists them.'
+                    f' {len(more)} more like this: `python -m mmcls_involution check` '
+                    'lists them.'
                 )
             if RULES[rule].quick:
                 raise UserError(message)

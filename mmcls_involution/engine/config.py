@@ -58,7 +58,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         '--launcher',
         choices=('none', 'pytorch', 'slurm', 'mpi'),
         default='none',
-        help='how several processes are started; see tools/dist.sh',
+        help='how several processes are started: pytorch is for python -m '
+        'torch.distributed.run --nproc_per_node=N -m mmcls_involution ...',
     )
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
@@ -282,7 +283,8 @@ def _distribute_on_cpu(cfg: Config) -> None:
     if cfg.launcher != 'pytorch':
         raise UserError(
             f'--launcher {cfg.launcher} needs a GPU and torch sees none. On CPU, start '
-            'the processes with tools/dist.sh.'
+            'the processes with python -m torch.distributed.run --nproc_per_node=N '
+            '-m mmcls_involution ..., and take --launcher pytorch.'
         )
     if os.environ.get('RANK') == '0':
         print_log('No GPU: the processes communicate by gloo, on CPU')

@@ -143,8 +143,8 @@ def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None
         given = ', '.join(f'{k}={cfg[k]!r}' for k in keys if cfg.get(k))
         return (
             f'{getattr(built, "__name__", kind)} holds no sample: nothing is found, or '
-            f'filter_cfg leaves nothing ({given}). tools/check_dataset.py with this '
-            'config says what is there.'
+            f'filter_cfg leaves nothing ({given}). `python -m mmcls_involution check` '
+            'with this config says what is there.'
         )
     unexpected = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unexpected and unexpected[1] in cfg and inspect.isclass(built):
@@ -195,7 +195,7 @@ def _explain(error: Exception) -> str | None:
         return (
             f'{error}: no name in it begins so. For a bare backbone set '
             "model.backbone.init_cfg.prefix=None; the authors' weights go through "
-            'tools/model_converters/rednet_to_mmcls_involution.py.'
+            '`python -m mmcls_involution convert`.'
         )
     return explanation
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from mmengine.dist import all_reduce, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
 from mmengine.structures import BaseDataElement
 from torch import Tensor
@@ -107,12 +107,10 @@ class LossCheck(Hook):
         self.handles: list = []
 
     def before_train(self, runner: Runner) -> None:
-        wrapper = runner.optim_wrapper
-        parts = wrapper.values() if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         # Before a step, which it cannot call off: without gradients it does nothing.
         self.handles = [
             part.optimizer.register_step_pre_hook(self._look_at_gradients)
-            for part in parts
+            for part in _wrappers(runner)
         ]
         if self.skip:
             self.buffers = [(b, b.clone()) for b in runner.model.buffers()]
@@ -159,16 +157,20 @@ class LossCheck(Hook):
         for buffer, before in self.buffers:
             buffer.copy_(before)
         self.row += 1
-        scaled = hasattr(runner.optim_wrapper, 'loss_scaler')
+        scaled = any(hasattr(part, 'loss_scaler') for part in _wrappers(runner))
         if scaled and not self.skip and self.row < self.patience:
             return
         values = ', '.join(f'{key} {value.mean():.4g}' for key, value in losses.items())
-        rates = [f'{lr:.3g}' for lr in runner.optim_wrapper.get_lr()['lr']]
+        rates = [  # 'lr', or of several optimizers 'NAME.lr'; not 'base_lr'
+            f'{name} {rates[0]:.3g}'
+            for name, rates in runner.optim_wrapper.get_lr().items()
+            if name.rpartition('.')[2] == 'lr'
+        ]
         images = [printable(name) for name in image_names(data_batch)]
         what = 'norm of the gradient' if finite else 'loss'
         message = (
             f'The {what} is not finite at iteration {runner.iter + 1}: {values}; '
-            f'lr {rates[0]}; images: {", ".join(images) or "without names"}. '
+            f'{", ".join(rates)}; images: {", ".join(images) or "without names"}. '
             f'{self._keep(runner, data_batch, losses, images)}'
         )
         if self.skip and self.row < self.patience:
@@ -199,6 +201,12 @@ class LossCheck(Hook):
         except (OSError, RuntimeError) as error:  # torch's word for a full disk
             return f'(The batch could not be written to {file}: {error}.)'
         return f'The batch is in {file}.'
+
+
+def _wrappers(runner: Runner) -> list[OptimWrapper]:
+    """One for each optimizer."""
+    wrapper = runner.optim_wrapper
+    return [*wrapper.values()] if isinstance(wrapper, OptimWrapperDict) else [wrapper]
 
 
 def image_names(batch: Any) -> list[str]:

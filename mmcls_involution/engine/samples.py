@@ -26,7 +26,7 @@ from mmcls_involution.data import images, segmentation
 from mmcls_involution.data.rules import Finding, printable
 from mmcls_involution.engine.errors import UserError
 
-ALL = 'tools/check_dataset.py with this config looks through all data.'
+ALL = '`python -m mmcls_involution check` with this config looks through all data.'
 # Where an error is of the data or of the config, not a bug in somebody's transform.
 UPSTREAM = {'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain'}
 

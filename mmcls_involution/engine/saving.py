@@ -20,7 +20,13 @@ from mmcls_involution import compat
 from mmcls_involution.engine.config import is_called
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.engine.loops import ExactEpochLoop, ExactIterLoop
-from mmcls_involution.weights.files import put_in_place, save, sha256, write_text
+from mmcls_involution.weights.files import (
+    bring_back,
+    put_in_place,
+    save,
+    sha256,
+    write_text,
+)
 
 LEAST = 2  # checkpoints that are always kept
 
@@ -73,6 +79,8 @@ class SafeCheckpointHook(CheckpointHook):
         if self._local:
             named = Path(self.out_dir, self.filename_tmpl).parent
             folders = {named, Path(self.out_dir), Path(runner.work_dir)}
+            for folder in folders:
+                bring_back(folder)
             rests = [f for folder in folders for f in folder.glob('.*.partial*')]
             for rest in rests:  # of a kill
                 self._delete(runner, str(rest))

@@ -3,7 +3,8 @@ MMSegmentation or MMPretrain, on a GPU or on the CPU.
 
     python -m mmcls_involution train CONFIG [--work-dir DIR] [--resume [CHECKPOINT]] ...
 
-Several GPUs or machines: tools/dist.sh, tools/slurm.sh.
+Several GPUs: python -m torch.distributed.run --nproc_per_node=N -m mmcls_involution
+train CONFIG --launcher pytorch. In a checkout tools/dist.sh and tools/slurm.sh do so.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from .checks import check_positive
 from .modules import Involution2d, hooked
 
 
@@ -79,7 +80,7 @@ class InvolutionConv(nn.Sequential):
             device='meta',
         )
         cfg = dict(involution_cfg or {})
-        group_channels = cfg.get('group_channels', 16)
+        group_channels = _group_channels(cfg)
         if reason := _why_not(conv, group_channels):
             raise ValueError(f'no involution can stand in for {conv}: {reason}')
         channels = _channels(conv, group_channels)
@@ -105,6 +106,12 @@ class InvolutionConv(nn.Sequential):
         """Filter ``x``. See the class for shapes."""
         x = super().forward(x)
         return x if self.bias is None else x + self.bias[:, None, None]
+
+
+def _group_channels(involution_cfg: dict[str, Any]) -> int:
+    group_channels = involution_cfg.get('group_channels', 16)
+    check_positive(dict(group_channels=group_channels))
+    return group_channels
 
 
 def _channels(conv: nn.Conv2d, group_channels: int) -> int | None:
@@ -288,7 +295,7 @@ def swap_convolutions(
         for name, module in parents.items()
         if isinstance(module, nn.Conv2d) and not name.startswith(involutions)
     }
-    group_channels = involution_cfg.get('group_channels', 16)
+    group_channels = _group_channels(involution_cfg)
     before = _measure(model, inputs)
 
     reasons, layers = {}, {}  # of each convolution; a shared one goes by its first name

@@ -81,6 +81,6 @@ def call(
         # Our tools end with a message of their own; other last lines say less.
         message = re.search(r'^Error: (.*)', last, re.MULTILINE | re.DOTALL)
         if message:
-            raise StepError(f'tools/{name}.py: {message[1].strip()}')
+            raise StepError(f'{name}: {message[1].strip()}')
         how = 'failed' if code > 0 else f'was ended by signal {-code}'
-        raise StepError(f'tools/{name}.py {how}:\n\n{last}')
+        raise StepError(f'{name} {how}:\n\n{last}')

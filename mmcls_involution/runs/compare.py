@@ -1,4 +1,4 @@
-r"""Compare configs over several seeds, from the work dirs of tools/reproduce.py.
+r"""Compare configs over several seeds, from the work dirs of reproduce.
 
     for seed in 0 1 2; do
         python -m mmcls_involution reproduce CONFIG.py OTHER.py --seed $seed \
@@ -54,7 +54,7 @@ class Run:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """Read what tools/reproduce.py has left in a work dir.
+    """Read what the command reproduce has left in a work dir.
 
     Args:
         folder: The work dir.
@@ -79,7 +79,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     except (OSError, LookupError, ValueError) as error:
         raise UserError(
             f'{folder} has no training that is finished and tested '
-            f'({type(error).__name__}: {error}). Name work dirs of tools/reproduce.py.'
+            f'({type(error).__name__}: {error}). Name work dirs of '
+            'python -m mmcls_involution reproduce.'
         ) from error
     problem = None
     if changed:
@@ -89,8 +90,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         problem = f'the scores are of {test["checkpoint"]}, not of {last}'
     if problem:
         raise UserError(
-            f'{folder}: {problem}. Run tools/reproduce.py again, in a new work dir if '
-            'need be.'
+            f'{folder}: {problem}. Run reproduce again, in a new work dir if need be.'
         )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)

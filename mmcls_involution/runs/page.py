@@ -92,7 +92,7 @@ Nothing has run.
 {% endfor %}
 {% endif %}
 
-Written {{ now }} by `tools/reproduce.py`.
+Written {{ now }} by `python -m mmcls_involution reproduce`.
 """
 # The columns of the scores, as runs.metrics.compare gives them.
 SCORES = (

@@ -60,7 +60,7 @@ EXAMPLES = 6  # pictures of predictions
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='as of train.py')
+    parser.add_argument('configs', nargs='+', metavar='CONFIG', help='as of train')
     parser.add_argument(
         '--checkpoint',
         nargs='+',
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs='+',
         default=[],
         metavar='KEY=VALUE',
-        help='settings that override every config, as of train.py',
+        help='settings that override every config, as of train',
     )
 
 
@@ -243,7 +243,7 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
     latest = latest_checkpoint(job.work_dir, job.cfg)
     if latest is None:
         raise StepError(
-            f'tools/train.py left no checkpoint in {job.work_dir}. Does the config '
+            f'The training left no checkpoint in {job.work_dir}. Does the config '
             'have a CheckpointHook?'
         )
     job.remember('train', **facts, finished=Path(latest).name)

@@ -37,7 +37,12 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from mmcls_involution import __version__
-from mmcls_involution.engine.config import check_output, missing, read_config
+from mmcls_involution.engine.config import (
+    check_output,
+    is_called,
+    missing,
+    read_config,
+)
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.weights.download import cache_folder, download
 from mmcls_involution.weights.files import plain, read_checkpoint, save, sha256
@@ -235,7 +240,8 @@ def main(args: argparse.Namespace) -> None:
     if args.dst.exists() and not args.overwrite:
         raise UserError(f'{args.dst} exists: name another file, or --overwrite it')
     cfg = read_config(args.config)
-    if (cfg.get('model') or {}).get('backbone', {}).get('type') != 'RedNet':
+    kind = (cfg.get('model') or {}).get('backbone', {}).get('type')
+    if not is_called(kind, 'RedNet', MODELS):
         raise UserError(
             f'{args.config} has no model with the backbone RedNet: name the config '
             'of the model that the weights are of'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import hashlib
@@ -55,10 +56,13 @@ def check_checkpoint(path: str | None, what: str, cfg: Config | None = None) -> 
     elif path.endswith('.pdparams'):
         message = (
             f'{what}: {path} is a file of Paddle. '
-            'tools/model_converters/rednet_to_mmcls_involution.py converts it.'
+            '`python -m mmcls_involution convert` makes a checkpoint of it.'
         )
     else:
-        message = missing(Path(path).expanduser(), what, cfg)
+        file = Path(path).expanduser()
+        if not file.exists():
+            bring_back(file.parent)
+        message = missing(file, what, cfg)
         # Only then: a folder may be called histopath/tower.
         if message and re.search(r'(?<![a-z])path[/_]?to(?![a-z])|<.*>', path, re.I):
             raise UserError(
@@ -213,10 +217,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         names no longer begin with the ``module.`` of a parallel model.
 
     Raises:
-        UserError: If there is no such file, or it holds no weights.
+        UserError: If there is no such file, it is cut short, or it holds no weights.
         pickle.UnpicklingError: If reading it could run code; the message says how to
             extract its weights.
-        RuntimeError: If it is cut short.
     """
     check_checkpoint(str(path), 'the input')
     try:
@@ -306,7 +309,8 @@ def put_in_place(partial: Path, target: Path) -> None:
     """Give a file, or a folder of files, its name, once it is safe on the disk.
 
     After this the target is there in full, whatever happens to the machine; before it
-    ends, either that or what was there earlier.
+    ends, either that or what was there earlier. Of a folder, a kill may leave what was
+    there under another name, which :func:`bring_back` knows.
 
     Args:
         partial (Path): What has been written, in the folder of the target.
@@ -334,6 +338,25 @@ def put_in_place(partial: Path, target: Path) -> None:
         _sync(partial)
     os.replace(partial, target)
     _sync(target.parent)
+
+
+def bring_back(folder: Path) -> None:
+    """Give the folders that a kill in :func:`put_in_place` left aside their names.
+
+    Any number of processes may call it. Those whose place is taken stay aside.
+
+    Args:
+        folder (Path): Where they are.
+
+    Raises:
+        OSError: If the disk fails.
+    """
+    for aside in folder.glob('.*.partial.old'):
+        # .NAME.PROCESS.partial.old
+        target = aside.with_name(aside.name[1:].rsplit('.', 3)[0])
+        if not target.exists():
+            with contextlib.suppress(FileNotFoundError):  # by another process
+                aside.rename(target)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip('torch')
 pytest.importorskip('mmengine')
 
 import toy  # noqa: E402
+from mmengine.optim import OptimWrapper, OptimWrapperDict  # noqa: E402
 from mmengine.registry import MODELS  # noqa: E402
 
 from mmcls_involution.engine.errors import UserError  # noqa: E402
@@ -76,6 +79,24 @@ def test_skips(where, build, tmp_path):
     assert len(list((tmp_path / 'not_finite').glob('*.pth'))) == 4  # one in an epoch
     values = runner.model.state_dict().values()
     assert all(value.isfinite().all() for value in values)
+
+
+def test_several_optimizers(tmp_path):
+    parts = {
+        name: OptimWrapper(torch.optim.SGD(torch.nn.Linear(2, 1).parameters(), lr))
+        for name, lr in (('a', 0.1), ('b', 0.02))
+    }
+    wrapper = OptimWrapperDict(**parts)
+    runner = SimpleNamespace(optim_wrapper=wrapper, iter=6, work_dir=tmp_path)
+    hook = LossCheck()
+    hook.before_train(runner)
+    iteration = 0, dict(img_path=['4.png']), dict(loss=torch.tensor(float('nan')))
+    expected = r'iteration 7: loss nan; a\.lr 0\.1, b\.lr 0\.02; images: 4\.png\.'
+    with pytest.raises(UserError, match=expected):
+        hook.after_train_iter(runner, *iteration)
+    assert (tmp_path / 'not_finite' / 'iter_7.pth').is_file()
+    parts['b'].loss_scaler = object()  # which skips the step, and is given time
+    hook.after_train_iter(runner, *iteration)
 
 
 def test_names_in_samples():

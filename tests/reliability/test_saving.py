@@ -63,6 +63,17 @@ def test_files_of_a_training(train, tmp_path):
     assert state['meta']['epoch'] <= 4
 
 
+def test_a_folder_left_aside_is_not_deleted(train, tmp_path):
+    """By a kill while it was replaced; FSDP writes such folders."""
+    for name in ('.epoch_9.pth.7.partial.old', '.epoch_9.pth.7.partial'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'rank0.pth').write_text(name)
+    train(toy.config(tmp_path))
+    assert not [*tmp_path.glob('.*.partial*')]
+    text = (tmp_path / 'epoch_9.pth' / 'rank0.pth').read_text()
+    assert text == '.epoch_9.pth.7.partial.old'
+
+
 def test_several_best_ones(train, tmp_path):
     cfg = toy.config(tmp_path, **toy.VALIDATION)
     cfg.val_evaluator = [dict(type='ToyMetric'), dict(type='ToyMetric', prefix='b')]

@@ -94,6 +94,13 @@ def test_what_is_refused_in_one_message(folder):
     config = models['detector/epoch_1.pth'][0]
     given = web.answer(config, models['classifier/epoch_1.pth'][1], str(photo))
     assert 'does not fit' in given.message
+    smaller = folder / 'smaller.py'
+    smaller.write_text(
+        f'_base_ = {config!r}\nmodel = dict(backbone=dict(stem_kernel_size=1))\n'
+    )
+    given = web.answer(str(smaller), models['detector/epoch_1.pth'][1], str(photo))
+    assert given.message.startswith('epoch_1.pth cannot be used: '), given.message
+    assert 'stem involutions differ' in given.message
     assert 'drop an image' in web.kernels_at(None, 1, 1)[0]
 
 

@@ -276,7 +276,7 @@ def test_weights_that_are_not_there_say_how_to_get_them(
             'http://127.0.0.1:9/a.pth',
             r'cannot load http://127.0.0.1:9/a.pth: .*refused',
         ),
-        ('RedNet50_pretrained.pdparams', r'a file of Paddle\. tools/model_converters/'),
+        ('RedNet50_pretrained.pdparams', 'a file of Paddle.*mmcls_involution convert'),
     ],
 )
 def test_weights_that_cannot_be_had(place, expected, tool, tmp_path, monkeypatch):

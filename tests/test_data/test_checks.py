@@ -64,11 +64,11 @@ def test_many_findings_in_processes(coco, tmp_path):
         (['--out', 'no/such/file'], 'no/such does not exist: make it'),
         (
             ['--cfg-options', 'train_dataloader.dataset.type=CIFAR10'],
-            'CIFAR10 reads its data in a way that check_dataset does not know',
+            'CIFAR10 reads its data in a way that the check does not know',
         ),
         (
             ['--cfg-options', 'train_dataloader.dataset.backend_args.backend=petrel'],
-            'check_dataset reads local files',
+            'the check reads local files',
         ),
         (
             ['--cfg-options', 'train_dataloader.dataset.type=CustomDatset'],

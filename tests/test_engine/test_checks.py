@@ -75,7 +75,9 @@ def test_more_findings_than_one_are_counted(coco_root, tmp_path, tool):
     options = odd_annotations(coco_root, tmp_path / 'ann.json', change)
     message = tool('train', 'detector', '--work-dir', tmp_path / 'work', *options)
     assert 'annotation 3' in message and 'expected 4 numbers' in message
-    assert message.endswith(' 2 more like this: tools/check_dataset.py lists them.')
+    assert message.endswith(
+        ' 2 more like this: `python -m mmcls_involution check` lists them.'
+    )
 
 
 def test_category_twice_in_the_file(coco_root, tmp_path, tool):

@@ -29,7 +29,7 @@ def test_image_that_is_cut_short(split, workers, coco_root, tool, tmp_path):
     assert message.startswith(f'Error: {root / "2.png"}: cannot be decoded. Damaged'), (
         message
     )
-    assert 'check_dataset.py' in message and len(message.splitlines()) == 1
+    assert 'mmcls_involution check' in message and len(message.splitlines()) == 1
     command = re.search('python -c "(.*?)"', message)[1]
     os_names = (('NEW.png', tmp_path / 'new.png'), ('IMAGE', root / '2.png'))
     for name, file in os_names:
@@ -61,7 +61,28 @@ def test_damage_that_is_met_in_training(
         'train', 'segmenter', '--work-dir', tmp_path / 'w', '--cfg-options', *options
     )
     assert message.startswith('Error: ') and expected in message, message
-    assert 'check_dataset.py' in message
+    assert 'mmcls_involution check' in message
+
+
+def test_damage_that_is_met_in_an_augmented_test(
+    seg_copy, edited, checkpoint, tool, tmp_path
+):
+    torn = seg_copy / 'images' / '0.png'
+    torn.write_bytes(torn.read_bytes()[:-50])
+    config = edited(
+        'segmenter',
+        "tta_model = dict(type='SegTTAModel')\n"
+        'tta_pipeline = [\n'
+        "    dict(type='LoadImageFromFile'),\n"
+        "    dict(type='TestTimeAug', transforms=[[dict(type='PackSegInputs')]]),\n"
+        ']\n',
+    )
+    options = [f'test_dataloader.dataset.data_root={seg_copy}']
+    message = tool(
+        *('test', 'segmenter', config, checkpoint('segmenter'), '--tta'),
+        *('--work-dir', tmp_path / 'w', '--cfg-options', *options),
+    )
+    assert message.startswith(f'Error: {torn}: '), message
 
 
 def test_image_too_narrow_to_be_resized(coco_root, tool, tmp_path):

@@ -141,7 +141,7 @@ def test_config_with_amp_trains_in_float32_on_cpu(tool, tmp_path, monkeypatch):
     [
         (['--resume', 'none.pth'], '--resume: none.pth does not exist'),
         (['--auto-scale-lr'], 'auto_scale_lr=dict'),
-        (['--launcher', 'slurm'], 'tools/dist.sh'),
+        (['--launcher', 'slurm'], 'torch.distributed.run'),
         (['--amp'], '--amp needs a GPU'),
     ],
 )

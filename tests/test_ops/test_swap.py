@@ -93,6 +93,17 @@ def test_refuses_what_would_be_another_layer(arguments, reason):
         swap_convolutions(model)
 
 
+@pytest.mark.parametrize('number', [0, -8, '8', None, 8.0])
+def test_group_channels_must_be_a_positive_int(number):
+    expected = f'group_channels must be a positive int, got {number!r}'
+    with pytest.raises(ValueError, match=expected):
+        InvolutionConv(
+            *(16, 16, 3), padding=1, involution_cfg=dict(group_channels=number)
+        )
+    with pytest.raises(ValueError, match=expected):
+        swap_convolutions(Net(), group_channels=number)
+
+
 def test_groups_must_divide_the_channels():
     with pytest.raises(ValueError, match='neither 3 nor 24 .* group_channels, 16'):
         InvolutionConv(3, 24, 3, padding=1)

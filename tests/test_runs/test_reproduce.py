@@ -318,14 +318,14 @@ def test_a_failing_config_does_not_stop_the_others(
     def call(name: str, command: list[str], *arguments: object, **kw: object) -> None:
         succeed(name, command, *arguments, **kw)
         if 'crash.py' in command[4] and name == 'test':
-            raise tool.StepError('tools/test.py: does not fit the model')
+            raise tool.StepError('test: does not fit the model')
 
     monkeypatch.setattr(tool, 'call', call)
     work = tmp_path / 'work'
     message = reproduce(*configs.values(), segmenter, '--work-dir', work)
     assert re.fullmatch(
         'Error: no_data: .*data_root: x does not exist .*\n'
-        'Error: crash: tools/test.py: does not fit the model',
+        'Error: crash: test: does not fit the model',
         message,
     )
     assert steps(ran) == ['train', 'test', *STEPS]
@@ -408,7 +408,7 @@ def test_tools_run_as_processes_of_this_python(tmp_path, capfd):
         assert lines[:2] == ['one\n', f'{sys.executable}\n']
         with pytest.raises(tool.StepError) as failure:
             tool.call('train', [*command, 'fail'], descriptor, lines.append)
-    assert str(failure.value) == 'tools/train.py: no space left,\nthat is all'
+    assert str(failure.value) == 'train: no space left,\nthat is all'
     assert capfd.readouterr().out == ''
 
 

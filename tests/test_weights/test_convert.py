@@ -367,6 +367,20 @@ def test_paths(arguments, reason, weights, config, command, tmp_path, monkeypatc
     assert re.search(reason, command(CONVERTER, *arguments, '--config', config))
 
 
+@pytest.mark.parametrize('kind', ["'mmcls_involution.RedNet'", 'RedNet'])
+def test_rednet_by_scope_or_class(kind, weights, config, command, tmp_path):
+    text = config.read_text().replace("type='RedNet'", f'type={kind}')
+    if kind == 'RedNet':  # MMEngine's configs of pure Python
+        custom_imports = re.search('custom_imports = .*\n', text)[0]
+        text = text.replace(custom_imports, '')
+        text = f'from mmcls_involution.models import RedNet\n{text}'
+    config.write_text(text)
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(weights, src)
+    assert command(CONVERTER, src, dst, '--config', config) == ''
+    assert dst.is_file()
+
+
 def test_config_without_rednet(weights, config, command, tmp_path):
     config.write_text(config.read_text().replace("'RedNet', depth=26", "'ResNet'"))
     assert 'no model with the backbone RedNet' in refused(

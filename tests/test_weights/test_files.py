@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mmcls_involution.weights.files import put_in_place
+from mmcls_involution.weights.files import bring_back, check_checkpoint, put_in_place
 
 
 @pytest.mark.parametrize('fails', [False, True])
@@ -30,3 +30,32 @@ def test_folder_is_replaced_or_kept(fails, tmp_path, monkeypatch):
     left = {path.name for path in tmp_path.iterdir()} - {'.a.partial'}
     assert left == {'a'}
     assert partial.exists() == fails
+
+
+class Killed(BaseException):
+    """Ends a process, whatever it catches."""
+
+
+def test_folder_left_aside_by_a_kill_is_found(tmp_path, monkeypatch):
+    partial, target = tmp_path / '.a.b.pth.7.partial', tmp_path / 'a.b.pth'
+    for folder, text in ((partial, 'new'), (target, 'old')):
+        folder.mkdir()
+        (folder / 'file').write_text(text)
+    rename = Path.rename
+
+    def move(self: Path, other: Path) -> Path:
+        if self == partial:
+            raise Killed
+        return rename(self, other)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Path, 'rename', move)
+        put_in_place(partial, target)
+    assert not target.exists()
+    check_checkpoint(str(target), '--resume')
+    assert (target / 'file').read_text() == 'old'
+    # The place of one whose replacement was given its name is taken.
+    left = tmp_path / '.a.b.pth.8.partial.old'
+    left.mkdir()
+    bring_back(tmp_path)
+    assert left.is_dir() and (target / 'file').read_text() == 'old'
