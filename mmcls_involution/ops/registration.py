@@ -8,6 +8,7 @@ each one's derivative is written with the other two.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Optional
 
 import torch
@@ -305,6 +306,8 @@ def fused_backward(
             grads[i] = input.new_empty(0)
         elif i < 2:
             grads[i] = grads[i].contiguous(memory_format=memory_format(tensor))
+        else:
+            grads[i] = grads[i].contiguous()
     return tuple(grads)
 
 
@@ -329,9 +332,15 @@ def _fused_backward(ctx, grad):
     needed = ctx.needs_input_grad[:4]
     again = torch.is_grad_enabled()  # gradients that shall be differentiated in turn
     if again or active():
-        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
         with torch.enable_grad():
+            # Of its own: one of the tensors may have been made of another, as the
+            # reduced map is of the input, and that path is the caller's.
+            tensors = [
+                t.view_as(t) if need else t
+                for t, need in zip(tensors, needed, strict=True)
+            ]
             out = _two_steps(*tensors, *ctx.arguments)
+        wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
         found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again))
         grads = (next(found) if need else None for need in needed)
     else:
@@ -343,8 +352,10 @@ def _fused_backward(ctx, grad):
 def _two_steps(
     input, reduced, weight, bias, kernel_size, stride, padding, dilation, backend
 ) -> Tensor:
-    # Autocast has been here already, in the forward pass.
-    with torch.autocast(input.device.type, enabled=False):
+    # Autocast has been here already, in the forward pass. The meta device has none.
+    device = input.device.type
+    known = torch.amp.is_autocast_available(device)
+    with torch.autocast(device, enabled=False) if known else nullcontext():
         kernels = F.conv2d(reduced, weight, bias).unflatten(1, (-1, *kernel_size))
         return involution2d(input, kernels, stride, padding, dilation, backend)
 

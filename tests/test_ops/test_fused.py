@@ -15,6 +15,7 @@ from op_cases import (
     oracle,
     pair,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -166,6 +167,22 @@ def test_opcheck_of_the_gradients(backend, needed):
     lists = [list(pair(value)) for value in arguments.values()]
     operator = torch.ops.mmcls_involution.fused_involution2d_backward.default
     opcheck(operator, (grad, *tensors, *lists, backend, list(needed)))
+
+
+@backend_name
+def test_gradients_lie_as_their_fakes_do(backend):
+    """Compiled code relies on it, whatever way the weights lie."""
+    tensors, arguments = make(*CASES['stride 2, odd'])
+    input, reduced, weight, bias = (t.detach() for t in tensors)
+    tensors = input, reduced, weight.transpose(0, 1).contiguous().transpose(0, 1), bias
+    grad = torch.rand_like(fused_involution2d(*tensors, **arguments))
+    lists = [list(pair(value)) for value in arguments.values()]
+    operator = torch.ops.mmcls_involution.fused_involution2d_backward.default
+    found = operator(grad, *tensors, *lists, backend, [True] * 4)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in (grad, *tensors)]
+        expected = operator(*fakes, *lists, backend, [True] * 4)
+    assert [t.stride() for t in found] == [t.stride() for t in expected]
 
 
 @backend_name
