@@ -24,8 +24,8 @@ setup: $(VENV)/setup-$(KEY)  ## make the virtual environment, with all that is n
 
 # pip keeps a torch that satisfies TORCH, though it may be another build: away with it.
 $(VENV)/torch-$(KEY):
-	@rm -f '$(VENV)'/torch-* '$(VENV)'/setup-* '$(VENV)'/docs-*
 	@$(PYTHON) tools/make_venv.py '$(VENV)'
+	@rm -f '$(VENV)'/torch-* '$(VENV)'/setup-* '$(VENV)'/docs-*
 	$(if $(wildcard $(INSTALLED)/torch),$(PIP) uninstall --yes torch torchvision)
 	$(INSTALL) $(foreach word,$(TORCH),'$(word)') torchvision
 	@touch $@
@@ -78,4 +78,5 @@ paper-table: setup  ## our parameters and FLOPs beside the paper's
 	@$(RUN) tools/analysis_tools/paper_table.py
 
 clean:  ## remove the virtual environment and build products
+	@[ ! -d '$(VENV)' ] || [ -f '$(VENV)/pyvenv.cfg' ] || { echo '$(VENV) is no virtual environment: it is left, and so is all else'; exit 1; }
 	@rm -rf '$(VENV)' build dist mmcls_involution.egg-info mmcls_involution/.mim .pytest_cache .ruff_cache

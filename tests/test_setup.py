@@ -109,3 +109,35 @@ def test_old_python_and_other_folders_are_refused(tmp_path):
     with pytest.raises(SystemExit, match='no virtual environment'):
         make_venv['main'](tmp_path)
     assert (tmp_path / 'thesis.tex').exists()
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """What venv has made before it writes pyvenv.cfg, in the place of `--clear`."""
+    for name in ('bin', 'include', 'lib/python3.11/site-packages'):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / 'lib64').symlink_to('lib')
+    return tmp_path
+
+
+@pytest.mark.parametrize('name', ['bin/tool', 'lib/python3.11/site-packages/six.py'])
+def test_the_prefix_of_a_program_is_left_alone(begun, name, monkeypatch):
+    monkeypatch.setattr(subprocess, 'call', lambda *_, **__: pytest.fail('cleared'))
+    monkeypatch.setitem(make_venv['main'].__globals__, 'works', lambda _: False)
+    for link in (False, True):
+        entry = begun / name
+        entry.symlink_to(begun.parent) if link else entry.touch()
+        with pytest.raises(SystemExit, match='no virtual environment'):
+            make_venv['main'](begun)
+        entry.unlink()
+
+
+@pytest.mark.parametrize('config', [False, True])
+def test_what_an_interrupted_venv_left_is_made_anew(begun, config, monkeypatch):
+    if config:
+        for name in ('pyvenv.cfg', 'bin/python'):
+            (begun / name).touch()
+    calls = []
+    monkeypatch.setattr(subprocess, 'call', lambda command: calls.append(command))
+    make_venv['make'](begun)
+    assert calls == [[sys.executable, '-m', 'venv', '--clear', str(begun)]]

@@ -43,14 +43,22 @@ def works(folder: Path) -> bool:
 
 
 def make(folder: Path) -> None:
-    """Makes the environment anew; leaves alone what never was one."""
-    begun = {'bin', 'include', 'lib', 'lib64', 'pyvenv.cfg'}
-    if folder.exists():
-        names = {entry.name for entry in folder.iterdir()}
-        if 'pyvenv.cfg' not in names and not names <= begun:
+    """Makes the environment anew; leaves alone what never was one.
+
+    venv makes empty folders first, then pyvenv.cfg, so only these folders, empty, can
+    be its work where that file is missing: a program's prefix has the same names.
+    """
+    if folder.exists() and not (folder / 'pyvenv.cfg').exists():
+        begun = {folder / name for name in ('bin', 'include', 'lib', 'lib64')}
+        held = any(
+            not entry.is_dir() or (entry.is_symlink() and entry != folder / 'lib64')
+            for entry in folder.rglob('*')
+        )
+        if held or not begun.issuperset(folder.iterdir()):
             sys.exit(
-                f'{folder} exists and is no virtual environment, so it is left alone. '
-                'Name another folder: make setup VENV=.venv'
+                f'{folder} exists and has no pyvenv.cfg, so it is no virtual '
+                'environment and is left alone. Name another folder, make setup '
+                'VENV=.venv, or remove this one if nothing in it is needed.'
             )
     command = [sys.executable, '-m', 'venv', '--clear', str(folder)]
     if subprocess.call(command):

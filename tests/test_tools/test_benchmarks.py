@@ -118,6 +118,26 @@ def test_model(model_run):
         assert float(row['memory ratio']) > 0
 
 
+class Chosen(Exception):
+    """Ends a benchmark where it has chosen its GPU."""
+
+
+@pytest.mark.parametrize('name', ['benchmark_op', 'benchmark_model'])
+def test_the_named_gpu_is_the_current_one(name, monkeypatch):
+    def set_device(device):
+        assert torch.device(device) == torch.device('cuda:1')
+        raise Chosen
+
+    monkeypatch.syspath_prepend(TOOLS)
+    tool = importlib.import_module(name)
+    monkeypatch.setattr(torch.cuda, 'set_device', set_device)
+    monkeypatch.setattr(sys, 'argv', [f'{name}.py', '--device', 'cuda:1'])
+    with pytest.raises(Chosen):
+        tool.main()
+    for unnumbered in ('cpu', 'cuda'):  # which set_device would refuse
+        tool.use_device(unnumbered)
+
+
 @pytest.fixture
 def runtimes(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)

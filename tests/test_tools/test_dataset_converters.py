@@ -6,6 +6,8 @@ import json
 import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
 from importlib import import_module
 from pathlib import Path
 
@@ -399,6 +401,36 @@ def test_input_that_is_no_zip_is_refused(tmp_path):
     path.write_bytes(b'404: not found')
     with pytest.raises(ValueError, match='neither a folder nor a zip'):
         convert('bccd', path, tmp_path / 'bccd')
+
+
+@pytest.mark.parametrize(
+    'damage', ['one bit of the data', 'block type', 'sizes', 'method', 'password']
+)
+def test_damaged_zip_is_refused(bccd_download, tmp_path, damage):
+    path = Path(shutil.make_archive(str(tmp_path / 'a'), 'zip', bccd_download.parent))
+    with zipfile.ZipFile(path) as archive:
+        photo = next(i for i in archive.infolist() if i.filename.endswith('.jpg'))
+    content, name = bytearray(path.read_bytes()), photo.filename.encode()
+    data = content.index(name, photo.header_offset) + len(name)
+    entry = content.rindex(name) - 46  # of the central directory
+    # A stored file of 16 MB more than there are.
+    sizes = {entry + 10: 8, entry + 23: 1, entry + 27: 1}
+    error, flips = {
+        'one bit of the data': (
+            zipfile.BadZipFile,
+            {data + photo.compress_size // 2: 1},
+        ),
+        'block type': (zlib.error, {data: 6}),
+        'sizes': (EOFError, sizes),
+        'method': (NotImplementedError, {entry + 10: 1}),
+        'password': (RuntimeError, {entry + 8: 1}),
+    }[damage]
+    for position, bits in flips.items():
+        content[position] ^= bits
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r'a\.zip .*damaged .*download') as refused:
+        convert('bccd', path, tmp_path / 'bccd')
+    assert type(refused.value.__cause__) is error
 
 
 @pytest.mark.parametrize('name', ['bccd', 'camvid', 'bccd_cells'])

@@ -21,7 +21,13 @@ from pathlib import Path
 
 import torch
 from benchmark_runtimes import RUNTIMES, compare_runtimes, plot
-from benchmark_utils import describe_machine, peak_memory, time_in_turns, write_csv
+from benchmark_utils import (
+    describe_machine,
+    peak_memory,
+    time_in_turns,
+    use_device,
+    write_csv,
+)
 from mmcv.cnn import fuse_conv_bn
 
 from mmcls_involution import compat
@@ -104,6 +110,7 @@ def report_runtimes(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
+    use_device(args.device)
     compat.apply()
     from mmpretrain.models import ResNet
 

@@ -28,6 +28,7 @@ from benchmark_utils import (
     describe_machine,
     peak_memory,
     time_in_turns,
+    use_device,
     write_csv,
 )
 from torch import Tensor
@@ -241,6 +242,7 @@ def speedups(
 
 def main() -> None:
     args = parse_args()
+    use_device(args.device)
     dtype = DTYPES[args.dtype]
     typical = Problem.typical(torch.device(args.device).type, dtype)
     backends = []

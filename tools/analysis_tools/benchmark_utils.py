@@ -17,6 +17,15 @@ import torch
 from mmcls_involution.console import progress
 
 
+def use_device(device: str) -> None:
+    """Make a GPU that is named by its number the current one, before anything runs.
+
+    Events, memory figures and names are those of the current GPU.
+    """
+    if torch.device(device).type == 'cuda' and torch.device(device).index is not None:
+        torch.cuda.set_device(device)
+
+
 def synchronize(device: str) -> None:
     """Wait for the work that a GPU has been given."""
     if device != 'cpu':

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +34,7 @@ def open_download(path: Path, folders: Collection[str], source: str) -> Iterator
     Raises:
         FileNotFoundError: If ``path`` does not exist or no folder in it has
             all the sub-folders.
-        ValueError: If ``path`` is a file but no readable zip.
+        ValueError: If ``path`` is a file but no zip, or a damaged one.
     """
     if not path.exists():
         raise FileNotFoundError(f'{path} does not exist: expected {source}')
@@ -45,7 +46,14 @@ def open_download(path: Path, folders: Collection[str], source: str) -> Iterator
                     f'{path} is neither a folder nor a zip file: expected {source}'
                 )
             print(f'Unpacking {path}', flush=True)
-            shutil.unpack_archive(path, unpacked, 'zip')
+            try:
+                shutil.unpack_archive(path, unpacked, 'zip')
+            # The last where a changed byte asks for a password or another method.
+            except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+                raise ValueError(
+                    f'{path} cannot be unpacked, so it is probably damaged ({error!r}):'
+                    ' download it again'
+                ) from error
             root = Path(unpacked)
         candidates = [root, *sorted(root.glob('*/')), *sorted(root.glob('*/*/'))]
         missing = [
