@@ -221,13 +221,17 @@ def slow_carafe(x, masks, kernel_size, groups, scale):
     return torch.stack(rows, 2).view(n, c, h * scale, w * scale)
 
 
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize('naive', [True, False])
-def test_carafe(naive, rng):
-    x, masks = normal(rng, 2, 4, 3, 5).double(), normal(rng, 2, 18, 6, 10).double()
+def test_carafe(naive, dtype, rng):
+    """Under autocast, which must leave float32 as it is."""
+    x, masks = normal(rng, 2, 4, 3, 5).to(dtype), normal(rng, 2, 18, 6, 10).to(dtype)
     function = OPERATORS['carafe_naive_forward' if naive else 'carafe_forward']
-    output, kept = torch.empty(2, 4, 6, 10).double(), torch.empty_like(x)
+    output, kept = torch.empty(2, 4, 6, 10, dtype=dtype), torch.empty_like(x)
     scratch = () if naive else (kept, None, None)
-    function(x, masks, *scratch, output, kernel_size=3, group_size=2, scale_factor=2)
+    options = {'kernel_size': 3, 'group_size': 2, 'scale_factor': 2}
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        function(x, masks, *scratch, output, **options)
     slow = with_gradients(lambda *t: slow_carafe(*t, 3, 2, 2), x, masks)
     torch.testing.assert_close(output, slow[0])
     weight = normal(np.random.default_rng(0), *output.shape).to(output)
@@ -236,7 +240,9 @@ def test_carafe(naive, rng):
         arguments = (weight, x, masks, *gradients)
     else:
         arguments = (weight, kept, masks, None, None, None, None, *gradients)
-    OPERATORS[function.__name__.replace('forward', 'backward')](*arguments, 3, 2, 2)
+    backward = OPERATORS[function.__name__.replace('forward', 'backward')]
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        backward(*arguments, **options)
     torch.testing.assert_close(gradients, tuple(slow[1:]))
 
 
@@ -295,6 +301,10 @@ def test_half_precision_is_float32_rounded(dtype, rng):
         leaf = x.float().requires_grad_()
         (gradient,) = torch.autograd.grad(pool(leaf), leaf, weight)
         torch.testing.assert_close(low[1], gradient.to(dtype))
+    call, *tensors = differentiable(rng)['attention']
+    tensors = [tensor.to(dtype) for tensor in tensors]
+    high = call(*(tensor.float() for tensor in tensors))
+    torch.testing.assert_close(call(*tensors), high.to(dtype), rtol=0, atol=0)
     dets = boxes(rng, 50, 20).to(dtype)
     scores = torch.from_numpy(rng.permutation(50) / 64).to(dtype)
     kept = ops.nms(dets, scores, 0.5)[1]
@@ -314,6 +324,49 @@ def test_half_precision_is_float32_rounded(dtype, rng):
         ops.deform_conv2d(x, offset, weight, 1, 1),
         ops.deform_conv2d(x.float(), offset.float(), weight.float(), 1, 1).to(dtype),
     )
+
+
+def differentiable(rng):
+    """Calls of the differentiable operators, and float32 tensors for them."""
+    from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttnFunction
+    from mmcv.ops.psa_mask import psa_mask
+
+    rois, labels = random_rois(rng, 5, 8), torch.tensor([0, 1, 2, 3, 1, 0])
+    x, logits, shapes = normal(rng, 2, 4, 6, 7), normal(rng, 6, 3), [[3, 4], [2, 2]]
+    levels = torch.tensor(shapes), torch.tensor([0, 12])
+    weight = normal(rng, 6, 4, 3, 3)
+    moves, mask = normal(rng, 2, 18, 6, 7), normal(rng, 2, 9, 6, 7)
+    places = torch.from_numpy(rng.uniform(size=(2, 5, 2, 2, 3, 2))).float()
+    return {
+        'roi_align avg': (lambda x: ops.roi_align(x, rois, 3), x),
+        'roi_align max': (lambda x: ops.roi_align(x, rois, 3, 1.0, 2, 'max'), x),
+        'roi_pool': (lambda x: ops.roi_pool(x, rois, 3), x),
+        'sigmoid': (lambda x: ops.sigmoid_focal_loss(x, labels), logits),
+        'softmax': (lambda x: ops.softmax_focal_loss(x, labels.clamp(max=2)), logits),
+        'deform': (lambda *t: ops.deform_conv2d(*t, 1, 1), x, moves, weight),
+        'modulated': (
+            lambda *t: ops.modulated_deform_conv2d(*t, 1, 1),
+            *(x, moves, mask, weight, normal(rng, 6)),
+        ),
+        'psa_mask': (lambda x: psa_mask(x, 0, (3, 5)), normal(rng, 2, 15, 4, 6)),
+        'attention': (
+            lambda v, p, s: MultiScaleDeformableAttnFunction.apply(
+                v, *levels, p, s, 64
+            ),
+            *(normal(rng, 2, 16, 2, 4), places, normal(rng, 2, 5, 2, 2, 3)),
+        ),
+    }
+
+
+@both_lanes
+def test_autocast_changes_nothing(rng):
+    """As with compiled kernels: float32 stays so, in a backward pass inside too."""
+    for name, (call, *tensors) in differentiable(rng).items():
+        expected = with_gradients(call, *tensors)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            ours = with_gradients(call, *tensors)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda m, name=name: f'{name}: {m}')
 
 
 @both_lanes

@@ -240,9 +240,14 @@ def ms_deform_attn_forward(
     """
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 
-    return multi_scale_deformable_attn_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights
+    dtype = lane.working_dtype(value)
+    output = multi_scale_deformable_attn_pytorch(
+        value.to(dtype),
+        value_spatial_shapes,
+        sampling_locations.to(dtype),
+        attention_weights.to(dtype),
     )
+    return output.to(value.dtype)
 
 
 def ms_deform_attn_backward(

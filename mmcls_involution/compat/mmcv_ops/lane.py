@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -59,6 +60,10 @@ def working_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float32
 
 
+_lock = threading.Lock()
+_inside: list[int] = []  # for each thread inside `one_thread` the number to go back to
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Keep torch to the calling thread.
@@ -67,9 +72,19 @@ def one_thread() -> Iterator[None]:
     processes (the workers of a data loader) use the cores, each waits for its turn at
     the end of every operation.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    # torch's number is the calling thread's own, and the last one that any thread set
+    # is what new threads begin with.
+    with _lock:
+        threads = torch.get_num_threads()
+        if threads == 1 and _inside:  # perhaps only because another thread is inside
+            threads = _inside[0]
+        if threads > 1:
+            _inside.append(threads)
+            torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        if threads > 1:
+            with _lock:
+                _inside.remove(threads)
+                torch.set_num_threads(threads)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import deform_conv, dense, focal_loss, nms, roi
 
@@ -16,6 +20,21 @@ def get_compiler_version() -> str:
 def get_compiling_cuda_version() -> str:
     """What mmcv says of a build without CUDA."""
     return 'not available'
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compute in the tensors' dtypes, as compiled code does, which sees no autocast."""
+
+    @functools.wraps(function)
+    def operator(*args: Any, **kwargs: Any) -> Any:
+        values = (*args, *kwargs.values())
+        device = next(v for v in values if isinstance(v, Tensor)).device.type
+        if not torch.amp.is_autocast_available(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return operator
 
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
@@ -48,5 +67,5 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     dense.ms_deform_attn_backward,
 )
 OPERATORS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in _FUNCTIONS
+    function.__name__: _without_autocast(function) for function in _FUNCTIONS
 }
