@@ -189,6 +189,17 @@ def test_threads_do_not_change_the_result(monkeypatch):
         torch.set_num_threads(threads)
 
 
+@built
+@pytest.mark.parametrize('name', NAMES)
+def test_windows_past_all_numbers_are_refused(instruction_set, name):
+    """Two sides of 2**31 pixels, 2 channels, 4 bytes: 2**65."""
+    x, weight = torch.randn(1, 4, 3, 3), torch.randn(1, 2, 3, 3, 3, 3)
+    tensors = (x, weight), (x, weight, (3, 3)), (x, x, weight.shape)
+    arguments = (1, 1), (2**30, 2**30), (2**30, 2**30)
+    with pytest.raises(MemoryError, match='no memory for the scratch'):
+        run(native, name, (*tensors[NAMES.index(name)], *arguments))
+
+
 WITHOUT_THREADS = """
 import resource, torch
 from mmcls_involution.ops.backends import native
