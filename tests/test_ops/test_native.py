@@ -1,8 +1,10 @@
 """What the C++ kernels add to test_involution2d: instruction sets, threads, memory."""
 
+import os
 import random
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,58 @@ def test_threads_do_not_change_the_result(monkeypatch):
                 assert all(torch.equal(result, results[0]) for result in results)
     finally:
         torch.set_num_threads(threads)
+
+
+@built
+@pytest.mark.parametrize('name', NAMES)
+def test_windows_past_all_numbers_are_refused(instruction_set, name):
+    """Two sides of 2**31 pixels, 2 channels, 4 bytes: 2**65."""
+    x, weight = torch.randn(1, 4, 3, 3), torch.randn(1, 2, 3, 3, 3, 3)
+    tensors = (x, weight), (x, weight, (3, 3)), (x, x, weight.shape)
+    arguments = (1, 1), (2**30, 2**30), (2**30, 2**30)
+    with pytest.raises(MemoryError, match='no memory for the scratch'):
+        run(native, name, (*tensors[NAMES.index(name)], *arguments))
+
+
+WITHOUT_THREADS = """
+import resource, torch
+from mmcls_involution.ops.backends import native
+
+native._parallel_for = lambda: None  # torch < 2.10
+x, weight = torch.randn(4, 16, 64, 64), torch.randn(4, 2, 3, 3, 64, 64)
+arguments = x, weight, (1, 1), (1, 1), (1, 1)
+expected = native.forward(*arguments)
+torch.set_num_threads(8)
+with open('/proc/self/statm') as file:
+    size = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + 5 * 2**29, -1))
+out = native.forward(*arguments)
+torch.set_num_threads(1)
+assert torch.equal(out, expected)
+"""
+
+
+@built
+@pytest.mark.skipif(
+    sys.platform != 'linux', reason='limits of memory are those of Linux'
+)
+def test_threads_that_do_not_start_are_done_without():
+    """Stacks of 1 GiB, and memory for two of seven: a container's limit is like it."""
+
+    def large_stacks():
+        import resource  # Windows has none
+
+        hard = resource.getrlimit(resource.RLIMIT_STACK)[1]
+        resource.setrlimit(resource.RLIMIT_STACK, (2**30, hard))
+
+    result = subprocess.run(
+        [sys.executable, '-c', WITHOUT_THREADS],
+        env=os.environ | {'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'},
+        preexec_fn=large_stacks,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_missing_library_is_said_once(monkeypatch, tmp_path, caplog):

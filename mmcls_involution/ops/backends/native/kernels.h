@@ -321,6 +321,13 @@ inline int64_t spread(int64_t length) {
   return length % 256 == 0 ? length + 16 : length;
 }
 
+// a * b elements, or more than any memory holds where 64-bit numbers do not count them.
+inline int64_t elements(int64_t a, int64_t b) {
+  const int64_t most = int64_t(1) << 56;
+  int64_t product;
+  return __builtin_mul_overflow(a, b, &product) ? most : min(product, most);
+}
+
 // The part of an image that a tile reads, zero where it lies outside of the image.
 struct Area {
   int64_t top, rows, left, columns;
@@ -336,8 +343,8 @@ template <class A> struct PixelWindow {
   template <class T>
   bool fill(const T *image, int64_t channels, int64_t all_channels, const int64_t *size,
             const Area &area) {
-    row_length = area.columns * channels;
-    if (!buffer.reserve(area.rows * row_length)) return false;
+    row_length = elements(area.columns, channels);
+    if (!buffer.reserve(elements(area.rows, row_length))) return false;
     const int64_t begin = min(max(-area.left, 0), area.columns);
     const int64_t end = max(min(size[1] - area.left, area.columns), begin);
     for (int64_t r = 0; r < area.rows; ++r) {
@@ -376,8 +383,8 @@ template <class A> struct PlanarWindow {
     stride = column_stride;
     phase_length = ceil_div(area.columns, stride);
     row_length = phase_length * stride;
-    channel_stride = spread(area.rows * row_length);
-    if (!buffer.reserve(channels * channel_stride)) return false;
+    channel_stride = spread(elements(area.rows, row_length));
+    if (!buffer.reserve(elements(channels, channel_stride))) return false;
     for (int64_t r = 0; r < area.rows; ++r)
       for (int64_t phase = 0; phase < stride; ++phase) {
         // Columns start, start + stride, ... of the image, those in [begin, end) inside of it.

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -84,9 +85,16 @@ int32_t involution(Operation operation, DType dtype, const Problem *problem,
     const int64_t by_thread = (tiles + threads - 1) / threads;
     const int64_t share = by_thread > grain ? by_thread : grain;
     std::vector<std::thread> others;
-    for (int64_t begin = share; begin < tiles; begin += share)
-      others.emplace_back(work, begin, begin + share < tiles ? begin + share : tiles, &job);
-    work(0, share < tiles ? share : tiles, &job);
+    int64_t begin = share < tiles ? share : tiles, own = begin;
+    try {
+      others.reserve((tiles - 1) / share);
+      for (; begin < tiles; begin += share)
+        others.emplace_back(work, begin, begin + share < tiles ? begin + share : tiles, &job);
+    } catch (const std::exception &) {
+      // No more threads or memory to be had: the rest is this thread's.
+      work(begin, tiles, &job);
+    }
+    work(0, own, &job);
     for (std::thread &other : others) other.join();
   }
   return job.failed ? 1 : 0;
