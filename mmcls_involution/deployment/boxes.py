@@ -372,15 +372,7 @@ def _roi_align(
 
 
 @_roi_align.register_fake
-def _(
-    feature: Tensor,
-    boxes: Tensor,
-    image: Tensor,
-    size: Sequence[int],
-    scale: float,
-    samples: int,
-    aligned: bool,
-) -> Tensor:
+def _(feature: Tensor, boxes: Tensor, image: Tensor, size: Sequence[int], *_) -> Tensor:
     return feature.new_empty(boxes.shape[0], feature.shape[1], *size)
 
 

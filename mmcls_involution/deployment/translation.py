@@ -7,7 +7,8 @@ here sizes are read in the graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,63 +40,41 @@ def translations(operator: str = 'standard') -> dict[Any, Any]:
             ``'standard'``.
     """
     operators = torch.ops.mmcls_involution
-    custom = operator == 'custom'
-    return {
-        operators.involution2d.default: _own_involution2d if custom else _involution2d,
-        operators.fused_involution2d.default: (
-            _own_fused_involution2d if custom else _fused_involution2d
-        ),
-    }
+    found = {'involution2d': _involution2d, 'fused_involution2d': _fused_involution2d}
+    if operator == 'custom':
+        found = {name: _as_node(name, function) for name, function in found.items()}
+    return {getattr(operators, name).default: found[name] for name in found}
 
 
-def _own_involution2d(
-    input: Any,
-    weight: Any,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    backend: str,
-) -> Any:
-    return _own_node('involution2d', (input, weight), (stride, padding, dilation))
-
-
-def _own_fused_involution2d(
-    input: Any,
-    reduced: Any,
-    weight: Any,
-    bias: Any,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    backend: str,
-) -> Any:
-    tensors = (input, reduced, weight, *(() if bias is None else (bias,)))
-    lists = kernel_size, stride, padding, dilation
-    return _own_node('fused_involution2d', tensors, lists)
-
-
-def _own_node(
-    operator: str, tensors: Sequence[Any], lists: Sequence[Sequence[int]]
-) -> Any:
-    import onnx
-    from onnxscript.values import Op, Opset
-
+def _as_node(operator: str, standard: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that writes an operator as a node, with the other form's signature."""
     name, inputs, attributes = NODES[operator]
-    schema = onnx.defs.OpSchema
-    value, kind = schema.FormalParameter, schema.FormalParameterOption
-    of_node = schema(
-        *(name, DOMAIN, 1),
-        inputs=[
-            value(i, 'T', param_option=kind.Optional if i == 'bias' else kind.Single)
-            for i in inputs
-        ],
-        outputs=[value('output', 'T')],
-        type_constraints=[('T', ['tensor(float)'], '')],
-        attributes=[schema.Attribute(a, schema.AttrType.INTS) for a in attributes],
-    )
-    values = dict(zip(attributes, map(list, lists), strict=True))
-    return Op(Opset(DOMAIN, 1), name, of_node)(*tensors, **values)
+
+    @functools.wraps(standard)  # the exporter reads it
+    def write(*arguments: Any) -> Any:
+        import onnx
+        from onnxscript.values import Op, Opset
+
+        schema = onnx.defs.OpSchema
+        value, kind = schema.FormalParameter, schema.FormalParameterOption
+        of_node = schema(
+            *(name, DOMAIN, 1),
+            inputs=[
+                value(
+                    i, 'T', param_option=kind.Optional if i == 'bias' else kind.Single
+                )
+                for i in inputs
+            ],
+            outputs=[value('output', 'T')],
+            type_constraints=[('T', ['tensor(float)'], '')],
+            attributes=[schema.Attribute(a, schema.AttrType.INTS) for a in attributes],
+        )
+        tensors = [x for x in arguments[: len(inputs)] if x is not None]
+        lists = map(list, arguments[len(inputs) : -1])  # the last one is the backend
+        values = dict(zip(attributes, lists, strict=True))
+        return Op(Opset(DOMAIN, 1), name, of_node)(*tensors, **values)
+
+    return write
 
 
 def _fused_involution2d(
