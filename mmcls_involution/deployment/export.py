@@ -109,7 +109,7 @@ def export_onnx(
     )
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     if exporter == 'dynamo':
-        options.update(dynamo=True, verbose=False, external_data=False)
+        options.update(dynamo=True, verbose=False)
         options['custom_translation_table'] = translations(operator) | BOXES_AS_NODES
         if dynamic:
             any_size = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
@@ -123,28 +123,24 @@ def export_onnx(
     kept = standard.kept() if exporter == 'dynamo' else _operators(operator, opset)
     with _silent(), kept:
         try:
-            torch.onnx.export(model, (image,), str(file), **options)
+            if exporter == 'dynamo':
+                proto = torch.onnx.export(model, (image,), **options).model_proto
+            else:
+                torch.onnx.export(model, (image,), str(file), **options)
         except RuntimeError as error:  # torch.onnx's own are such too
             raise UserError(
                 f'torch cannot write this model by --exporter {exporter} in opset '
                 f'{opset}: {str(error).strip().splitlines()[0]} Another --opset or '
                 '--exporter may do, or --format pt2.'
             ) from error
-    if exporter == 'dynamo' and dynamic:
-        _forget_sizes(file)
+    if exporter == 'dynamo':
+        import onnx
 
-
-def _forget_sizes(file: Path) -> None:
-    """Have the runtime infer the sizes between layers.
-
-    Those that torch 2.11 writes hold for some sizes of images alone, and ONNX Runtime
-    relies on them.
-    """
-    import onnx
-
-    proto = onnx.load(file)
-    del proto.graph.value_info[:]
-    onnx.save(proto, file)
+        # The sizes between layers that torch 2.11 writes hold for some sizes of images
+        # alone, and ONNX Runtime relies on them: it infers its own.
+        if dynamic:
+            del proto.graph.value_info[:]
+        onnx.save(proto, file)
 
 
 @contextmanager
