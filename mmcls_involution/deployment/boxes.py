@@ -12,17 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.onnx import symbolic_helper
 
+from mmcls_involution.deployment.nodes import non_max_suppression, roi_align
 from mmcls_involution.deployment.runtime import detections
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.errors import UserError
 
 BOXES = ('dets', 'labels', 'masks')
-OPSET = 16  # the first whose RoiAlign has aligned boxes
 ALIKE = 0.1  # pixels between the edges of the same box from two runtimes
 UNSURE = 1e-3  # a pixel whose probability is so near to the threshold may be either
-ALL = 2**31 - 1  # boxes that NonMaxSuppression may leave
 UNMATCHED = 0.02  # part of the boxes that may be others: rounding suppresses some
 CODER = 'DeltaXYWHBBoxCoder'
 NMS = {'iou_threshold', 'class_agnostic', 'split_thr'}  # what is known of its settings
@@ -288,7 +286,7 @@ def _suppress_groups(
 
 def _suppress(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:
     """Scores [B, C, P], 0 where a box [B, P, 4] is suppressed within its class."""
-    index = _non_max_suppression(boxes, scores, float(iou), float(above))
+    index = non_max_suppression(boxes, scores, float(iou), float(above))
     places = index[:, 0], index[:, 1], index[:, 2]
     return torch.zeros_like(scores).index_put(places, scores[places])
 
@@ -319,141 +317,12 @@ def _extract(extractor: Any, features: Sequence[Tensor], boxes: Tensor) -> Tenso
         zip(features, extractor.roi_layers, strict=True)
     ):
         (chosen,) = (level == i).nonzero(as_tuple=True)
-        crops = _roi_align(
+        crops = roi_align(
             *(feature, boxes[chosen], image[chosen], size),
             *(layer.spatial_scale, layer.sampling_ratio, layer.aligned),
         )
         out = out.index_put((chosen,), crops)
     return out
-
-
-# Operators, so that a trace has one node of each, and how the two exporters write them.
-
-
-@torch.library.custom_op('mmcls_involution::non_max_suppression', mutates_args=())
-def _non_max_suppression(
-    boxes: Tensor, scores: Tensor, iou: float, above: float
-) -> Tensor:
-    """ONNX's NonMaxSuppression: [K, 3], image, class and place of what is kept."""
-    from mmcv.ops import nms
-
-    found = [boxes.new_zeros(0, 3, dtype=torch.long)]
-    for image in range(scores.shape[0]):
-        for group in range(scores.shape[1]):
-            score = scores[image, group]
-            (places,) = (score > above).nonzero(as_tuple=True)
-            _, kept = nms(boxes[image, places], score[places], iou)
-            where = places.new_tensor([image, group]).expand(len(kept), -1)
-            found.append(torch.cat([where, places[kept, None]], 1))
-    return torch.cat(found)
-
-
-@_non_max_suppression.register_fake
-def _(boxes: Tensor, scores: Tensor, iou: float, above: float) -> Tensor:
-    count = torch.library.get_ctx().new_dynamic_size()
-    return boxes.new_empty(count, 3, dtype=torch.long)
-
-
-@torch.library.custom_op('mmcls_involution::roi_align', mutates_args=())
-def _roi_align(
-    feature: Tensor,
-    boxes: Tensor,
-    image: Tensor,
-    size: Sequence[int],
-    scale: float,
-    samples: int,
-    aligned: bool,
-) -> Tensor:
-    """ONNX's RoiAlign of boxes [R, 4] in the images [R]."""
-    from mmcv.ops import roi_align
-
-    rois = torch.cat([image[:, None].to(boxes), boxes], 1)
-    return roi_align(feature, rois, tuple(size), scale, samples, 'avg', aligned)
-
-
-@_roi_align.register_fake
-def _(feature: Tensor, boxes: Tensor, image: Tensor, size: Sequence[int], *_) -> Tensor:
-    return feature.new_empty(boxes.shape[0], feature.shape[1], *size)
-
-
-@symbolic_helper.parse_args('v', 'v', 'f', 'f')
-def _write_suppression(g: Any, boxes: Any, scores: Any, iou: float, above: float):
-    def constant(value: float, dtype: torch.dtype) -> Any:
-        return g.op('Constant', value_t=torch.tensor([value], dtype=dtype))
-
-    return g.op(
-        'NonMaxSuppression',
-        *(boxes, scores, constant(ALL, torch.int64)),
-        *(constant(iou, torch.float32), constant(above, torch.float32)),
-    )
-
-
-def _translate_suppression(boxes: Any, scores: Any, iou: float, above: float) -> Any:
-    from onnxscript import opset18 as op
-
-    thresholds = (op.Constant(value_floats=[value]) for value in (iou, above))
-    all_ = op.Constant(value_ints=[ALL])
-    return op.NonMaxSuppression(boxes, scores, all_, *thresholds)
-
-
-def _roi_align_attributes(
-    size: Sequence[int], scale: float, samples: int, aligned: bool
-) -> dict[str, Any]:
-    return dict(
-        coordinate_transformation_mode='half_pixel' if aligned else 'output_half_pixel',
-        output_height=size[0],
-        output_width=size[1],
-        sampling_ratio=max(samples, 0),
-        spatial_scale=scale,
-    )
-
-
-@symbolic_helper.parse_args('v', 'v', 'v', 'is', 'f', 'i', 'b')
-def _write_roi_align(
-    g: Any,
-    feature: Any,
-    boxes: Any,
-    image: Any,
-    size: list[int],
-    scale: float,
-    samples: int,
-    aligned: bool,
-):
-    # MMCV's own form means what the operator was before opset 16.
-    attributes = _roi_align_attributes(size, scale, samples, aligned)
-    suffixes = {str: 's', int: 'i', float: 'f'}
-    return g.op(
-        'RoiAlign',
-        *(feature, boxes, image),
-        **{f'{key}_{suffixes[type(v)]}': v for key, v in attributes.items()},
-    )
-
-
-def _translate_roi_align(
-    feature: Any,
-    boxes: Any,
-    image: Any,
-    size: Sequence[int],
-    scale: float,
-    samples: int,
-    aligned: bool,
-) -> Any:
-    from onnxscript import opset18 as op
-
-    attributes = _roi_align_attributes(size, scale, samples, aligned)
-    return op.RoiAlign(feature, boxes, image, **attributes)
-
-
-for _name, _write in (
-    ('non_max_suppression', _write_suppression),
-    ('roi_align', _write_roi_align),
-):
-    torch.onnx.register_custom_op_symbolic(f'mmcls_involution::{_name}', _write, OPSET)
-
-BOXES_AS_NODES = {  # for the newer exporter, a custom_translation_table
-    torch.ops.mmcls_involution.non_max_suppression.default: _translate_suppression,
-    torch.ops.mmcls_involution.roi_align.default: _translate_roi_align,
-}
 
 
 # The check ----------------------------------------------------------------------------

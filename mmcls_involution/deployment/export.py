@@ -38,15 +38,9 @@ from torch import Tensor
 
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
-from mmcls_involution.deployment.boxes import (
-    BOXES,
-    BOXES_AS_NODES,
-    OPSET,
-    WithBoxes,
-    check_boxes,
-)
+from mmcls_involution.deployment.boxes import BOXES, WithBoxes, check_boxes
+from mmcls_involution.deployment.nodes import BOXES_OPSET, symbolics, translations
 from mmcls_involution.deployment.runtime import register_custom_operators
-from mmcls_involution.deployment.translation import DOMAIN, NODES, translations
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.config import (
     add_cfg_options,
@@ -110,7 +104,7 @@ def export_onnx(
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     if exporter == 'dynamo':
         options.update(dynamo=True, verbose=False)
-        options['custom_translation_table'] = translations(operator) | BOXES_AS_NODES
+        options['custom_translation_table'] = translations(operator)
         if dynamic:
             any_size = dict.fromkeys(axes, torch.export.Dim.DYNAMIC)
             options['dynamic_shapes'] = (any_size,)
@@ -120,7 +114,7 @@ def export_onnx(
             options['dynamic_axes'] = {'image': axes} | {
                 name: model.axes(name) for name in names
             }
-    kept = standard.kept() if exporter == 'dynamo' else _operators(operator, opset)
+    kept = standard.kept() if exporter == 'dynamo' else symbolics(operator, opset)
     with _silent(), kept:
         try:
             if exporter == 'dynamo':
@@ -155,47 +149,6 @@ def _silent() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _operators(operator: str, opset: int) -> Iterator[None]:
-    """Have involution exported in standard operators, or as one of our own."""
-    if operator == 'standard':
-        yield
-        return
-
-    def symbolic(operator: str) -> Callable[..., Any]:
-        name, inputs, keys = NODES[operator]
-
-        def write(g: Any, *arguments: Any) -> Any:
-            from torch.onnx import symbolic_helper
-
-            tensors = [
-                tensor
-                for tensor in arguments[: len(inputs)]
-                if not symbolic_helper._is_none(tensor)
-            ]
-            values = (
-                symbolic_helper._parse_arg(value, 'is')
-                for value in arguments[len(inputs) : -1]
-            )
-            attributes = {
-                f'{key}_i': list(value) for key, value in zip(keys, values, strict=True)
-            }
-            out = g.op(f'{DOMAIN}::{name}', *tensors, **attributes)
-            # Where sizes are known ONNX Runtime adds residuals inside convolutions.
-            shapes = [tensor.type().sizes() or [None] * 4 for tensor in tensors[:2]]
-            sizes = [*shapes[0][:2], *shapes[1][-2:]]
-            return out.setType(tensors[0].type().with_sizes(sizes))
-
-        return write
-
-    for name in NODES:
-        torch.onnx.register_custom_op_symbolic(
-            f'mmcls_involution::{name}', symbolic(name), opset
-        )
-    with standard.kept():
-        yield
 
 
 def export_pt2(
@@ -477,7 +430,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
         opset = args.opset = 18 if args.opset is None else args.opset
         custom = args.operator == 'custom'
         lowest, highest = OPSETS[args.exporter]
-        lowest = max(lowest, OPSET) if args.boxes else lowest
+        lowest = max(lowest, BOXES_OPSET) if args.boxes else lowest
         if not lowest <= opset <= highest:
             raise UserError(
                 f'--opset {opset}: --exporter {exporter} writes {lowest} to {highest}'

@@ -1,83 +1,19 @@
-"""The operators in those of ONNX, for torch's newer exporter.
+"""Involution in standard operators of ONNX, for torch's newer exporter.
 
-In standard operators they are the forms of ``ops/standard.py``, which says how they
-work. That exporter would take minutes to decompose them for sizes that are symbols;
-here sizes are read in the graph.
+The forms are those of ``ops/standard.py``, which says how they work. That exporter
+would take minutes to decompose them for sizes that are symbols; here sizes are read in
+the graph.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-
-import torch
 
 from mmcls_involution.ops.standard import TILE, window_of
 
-# Each operator as a node of our own: name, inputs, and attributes, all lists of int.
-DOMAIN = 'mmcls_involution'
-NODES = {
-    'involution2d': (
-        'Involution2d',
-        ('input', 'weight'),
-        ('strides', 'pads', 'dilations'),
-    ),
-    'fused_involution2d': (
-        'FusedInvolution2d',
-        ('input', 'reduced', 'weight', 'bias'),
-        ('kernel_shape', 'strides', 'pads', 'dilations'),
-    ),
-}
 
-
-def translations(operator: str = 'standard') -> dict[Any, Any]:
-    """The argument ``custom_translation_table`` of ``torch.onnx.export``.
-
-    Args:
-        operator (str): ``'standard'``, or ``'custom'`` for this package's own nodes,
-            which ``register_custom_operators`` makes known to ONNX Runtime. Defaults to
-            ``'standard'``.
-    """
-    operators = torch.ops.mmcls_involution
-    found = {'involution2d': _involution2d, 'fused_involution2d': _fused_involution2d}
-    if operator == 'custom':
-        found = {name: _as_node(name, function) for name, function in found.items()}
-    return {getattr(operators, name).default: found[name] for name in found}
-
-
-def _as_node(operator: str, standard: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that writes an operator as a node, with the other form's signature."""
-    name, inputs, attributes = NODES[operator]
-
-    @functools.wraps(standard)  # the exporter reads it
-    def write(*arguments: Any) -> Any:
-        import onnx
-        from onnxscript.values import Op, Opset
-
-        schema = onnx.defs.OpSchema
-        value, kind = schema.FormalParameter, schema.FormalParameterOption
-        of_node = schema(
-            *(name, DOMAIN, 1),
-            inputs=[
-                value(
-                    i, 'T', param_option=kind.Optional if i == 'bias' else kind.Single
-                )
-                for i in inputs
-            ],
-            outputs=[value('output', 'T')],
-            type_constraints=[('T', ['tensor(float)'], '')],
-            attributes=[schema.Attribute(a, schema.AttrType.INTS) for a in attributes],
-        )
-        tensors = [x for x in arguments[: len(inputs)] if x is not None]
-        lists = map(list, arguments[len(inputs) : -1])  # the last one is the backend
-        values = dict(zip(attributes, lists, strict=True))
-        return Op(Opset(DOMAIN, 1), name, of_node)(*tensors, **values)
-
-    return write
-
-
-def _fused_involution2d(
+def fused_involution2d(
     input: Any,
     reduced: Any,
     weight: Any,
@@ -99,7 +35,7 @@ def _fused_involution2d(
     return _sum_windows(input, kernels, sides, sizes, stride, padding, dilation)
 
 
-def _involution2d(
+def involution2d(
     input: Any,
     weight: Any,
     stride: Sequence[int],

@@ -4,7 +4,7 @@ A sum over K*K shifted images is 150 small operators. Here a window of ``TILE`` 
 of one row is one matrix product instead: its K rows of pixels, ``[K*width, C/G]``, are
 multiplied by a matrix ``[TILE, K*width]`` that has each output's kernel shifted to
 where that output lies. Slices cut the rows into windows, and a gather puts K of them
-together. The shift costs nothing: a row that is ``stride`` longer than its pitch, read
+together. The shift is one copy: a row that is ``stride`` longer than its pitch, read
 with the pitch, lies ``stride`` further on. Where kernels are generated, the convolution
 that spans them writes the zeros between.
 
