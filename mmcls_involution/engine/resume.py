@@ -118,10 +118,7 @@ def _optimizer(
 ) -> Iterator[str]:
     """What keeps the state of an optimizer from being that of another one."""
     groups, saved = wrapper.optimizer.param_groups, state['param_groups']
-    kinds = [
-        str((c.get('optim_wrapper') or {}).get('optimizer', {}).get('type'))
-        for c in (earlier, cfg)
-    ]
+    kinds = [_kind(c) for c in (earlier, cfg)]
     ours, theirs = (
         {key for key in group if not key.startswith('initial_')} - HOW
         for group in (groups[0], saved[0])
@@ -137,6 +134,12 @@ def _optimizer(
     if sizes[0] != sizes[1]:
         counts = [f'{sum(s)} parameters in {len(s)} group(s)' for s in sizes]
         yield f'Its optimizer has {counts[0]}, that of the config {counts[1]}'
+
+
+def _kind(cfg: dict) -> str:
+    """The class of a config's optimizer, which may be named with its module."""
+    kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+    return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
 
 
 def _name_what_is_kept(

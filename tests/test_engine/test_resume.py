@@ -141,6 +141,7 @@ def test_settings_that_a_resumed_run_passes_over(checkpoint, tool, tmp_path, cap
     assert tool('train', 'segmenter', *arguments, '--cfg-options', *options) == ''
     assert 'is resumed with its own' not in ''.join(capfd.readouterr())
     options += ['optim_wrapper.optimizer.lr=0.5', 'param_scheduler.0.power=2']
+    options += ['optim_wrapper.optimizer.type=torch.optim.SGD']  # the same one
     assert tool('train', 'segmenter', *arguments, '--cfg-options', *options) == ''
     assert (
         f'{start} is resumed with its own lr 0.01 (the config has 0.5), its '
