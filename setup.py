@@ -122,7 +122,9 @@ KERNELS = Extension(
             *('kernels_avx512', 'kernels_avx2', 'kernels_baseline'),
         )
     ],
-    depends=[f'{NATIVE}/involution.h', f'{NATIVE}/kernels.h'],
+    depends=[
+        f'{NATIVE}/{name}.h' for name in ('involution', 'kernels', 'scratch', 'vectors')
+    ],
     language='c++',
     extra_compile_args=[
         *('-std=c++17', '-O3', '-g0', '-fvisibility=hidden', '-pthread'),
