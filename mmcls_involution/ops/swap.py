@@ -105,7 +105,10 @@ class InvolutionConv(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Filter ``x``. See the class for shapes."""
         x = super().forward(x)
-        return x if self.bias is None else x + self.bias[:, None, None]
+        if self.bias is None:
+            return x
+        # As a convolution under autocast, not in the parameter's wider dtype.
+        return x + self.bias.to(x.dtype)[:, None, None]
 
 
 def _group_channels(involution_cfg: dict[str, Any]) -> int:
@@ -406,7 +409,10 @@ def _measure(model: nn.Module, inputs: tuple | Tensor | None) -> _Measured:
         for name, counts in counter.get_flop_counts().items()
         if name != 'Global'
     }
-    shapes = tree_map(lambda x: tuple(x.shape) if isinstance(x, Tensor) else x, outputs)
+    # Values differ: the new weights are others.
+    shapes = tree_map(
+        lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x), outputs
+    )
     return _Measured(parameters, {'': 0, **flops}, shapes)
 
 

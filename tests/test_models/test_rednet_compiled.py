@@ -17,10 +17,12 @@ TWO_STAGES = dict(
 )
 
 
-def test_compiled_in_one_graph():
+@pytest.mark.parametrize('with_cp', [False, True])
+def test_compiled_in_one_graph(with_cp):
     """Without a break, gradients too; what a compiler makes of the graph is its own."""
-    model = RedNet(**TWO_STAGES).train()
-    plain = copy.deepcopy(model)
+    plain = RedNet(**TWO_STAGES).train()
+    model = RedNet(**TWO_STAGES, with_cp=with_cp).train()
+    model.load_state_dict(plain.state_dict())
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     x = torch.randn(2, 3, 37, 50)
     for ours, theirs in zip(compiled(x), plain(x), strict=True):
@@ -29,6 +31,8 @@ def test_compiled_in_one_graph():
         sum(level.square().mean() for level in network(x)).backward()
     for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(model.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def outputs_and_gradients(model, x):

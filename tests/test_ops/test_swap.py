@@ -72,6 +72,16 @@ def test_parts_of_the_layer_make_its_output():
     torch.testing.assert_close(layer(x), expected)
 
 
+@pytest.mark.parametrize('bias', [False, True])
+def test_autocast_gives_the_dtype_of_the_convolution(bias):
+    layer = InvolutionConv(16, 16, 3, padding=1, bias=bias)
+    with torch.autocast('cpu', torch.bfloat16):
+        out = layer(torch.rand(2, 16, 9, 7))
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(
     ('arguments', 'reason'),
     [
@@ -220,6 +230,21 @@ def test_a_model_that_reads_weights_is_left_as_it_was():
         swap_convolutions(nn.Conv2d(16, 16, 3, padding=1))
     with pytest.raises(ValueError, match='the model has none'):
         swap_convolutions(nn.Sequential(nn.ReLU()))
+
+
+def test_outputs_that_are_no_tensors_have_no_shapes():
+    """Their values are others after the swap, and objects are compared by none."""
+
+    class Result:
+        pass
+
+    class Talks(Net):
+        def forward(self, x):
+            scores = super().forward(x)
+            return dict(scores=scores, mean=scores.mean().item(), result=[Result()])
+
+    table = swap_convolutions(Talks(), inputs=torch.rand(1, 3, 8, 8))
+    assert table.swapped == ('same', 'wider', 'narrower')
 
 
 def test_torchvision_resnet18():

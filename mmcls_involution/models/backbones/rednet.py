@@ -29,12 +29,16 @@ def _recomputed(function: Callable[[Tensor], Tensor], x: Tensor, module: nn.Modu
 
     Unlike a bare checkpoint, this updates running statistics once.
     """
+    options = {}
+    # A compiler knows no such contexts, and itself writes no statistics twice.
+    if not torch.compiler.is_compiling():
+        options['context_fn'] = lambda: (nullcontext(), CopiesOfBuffers(module))
     return cp.checkpoint(
         function,
         x,
         use_reentrant=False,
         preserve_rng_state=False,  # nothing in a stem or a block is random
-        context_fn=lambda: (nullcontext(), CopiesOfBuffers(module)),
+        **options,
     )
 
 
