@@ -104,7 +104,8 @@ def _check_evaluator(
         return
     ((_, dataset),) = parts
     used = Path(dataset.get('data_root') or '', dataset['ann_file'])
-    if used.absolute() != Path(file).absolute():
+    # Links, and .. in a path, lead to one file by two names.
+    if not used.exists() or not used.samefile(file):
         yield Finding(
             'other annotations',
             f'{key} is {file}, but the data set reads {used}: the '
