@@ -162,7 +162,8 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, prefix.get('img', '')),
             classes,
             coco.reads_objects(cls),
-            coco.uses_masks(cfg, path.partition('_')[0]),
+            coco.uses_masks(cfg, split := path.partition('_')[0]),
+            len(data_sets(cfg, split)) == 1,
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.

@@ -125,6 +125,7 @@ def check_quickly(
     classes: list[str],
     objects: bool,
     masks: bool,
+    alone: bool,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -135,6 +136,7 @@ def check_quickly(
         classes (list[str]): What the config says.
         objects (bool): Whether the annotations are objects in boxes.
         masks (bool): Whether their masks are trained or evaluated.
+        alone (bool): Whether the split has no other data set.
     """
     try:
         content = read(ann_file)
@@ -162,6 +164,8 @@ def check_quickly(
             # pycocotools takes 4 numbers for a box, and stops at fewer.
             rule = 'broken mask'
         yield replace(finding, rule=rule, file=str(ann_file))
+    if not content.annotations and not alone:
+        return  # photos of the background, or without labels, beside others
     yield from entries.check_use(str(ann_file), trains)
 
 

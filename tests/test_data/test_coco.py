@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,18 @@ def test_nothing_to_train_on(coco, run, change, detail):
     found = run('detector', coco)
     (row,) = (row for row in found if row[0] == 'nothing to train on')
     assert row == ('nothing to train on', str(coco / 'ann.json'), detail)
+
+
+def test_background_beside_a_set_with_objects(coco, run, tmp_path):
+    """Photos without objects, or unlabelled ones, are one of several data sets."""
+    background = shutil.copytree(coco, tmp_path / 'background')
+    edit(background, lambda content: content['annotations'].clear())
+    text = f"""{CONFIGS['detector']}
+_inner = train_dataloader['dataset']
+train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[
+    _inner, dict(_inner, data_root={str(background)!r})]))
+"""
+    assert run('detector', coco, text=text) == []
 
 
 def test_class_without_objects_and_counts(coco, run, capsys):
