@@ -258,10 +258,12 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
         found += more
         pixels += counts
     wrong = any('label' in finding.rule for finding in found)
-    if files and files[0].values and not wrong:
+    # Those of a test may have none.
+    labels = [file.label for file in files if file.label is not None]
+    if labels and files[0].values and not wrong:
         place = str(dataset.data_prefix['seg_map_path'])
         trains = path.startswith('train')
-        found += files[0].values.check_use(place, pixels, trains, len(files))
+        found += files[0].values.check_use(place, pixels, trains, len(labels))
     return found
 
 
