@@ -155,7 +155,10 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         return
     classes = list(classes)
     ann_file = dataset.get('ann_file')
-    if is_local(dataset, ann_file) and coco.loads_as_coco(cls):
+    if coco.reads_objects(cls) and 'img' not in prefix:
+        # MMDetection's own default has none, and ends in KeyError: 'img'.
+        yield Finding('image folder', path, "its data_prefix has no 'img'")
+    elif is_local(dataset, ann_file) and coco.loads_as_coco(cls):
         yield from coco.check_quickly(
             path,
             Path(root, ann_file).expanduser(),

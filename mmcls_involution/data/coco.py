@@ -459,8 +459,8 @@ def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] 
 
 def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     """Give the images of a CocoDataset; the quick check has looked at the file."""
-    path = Path(dataset.ann_file)
-    if not path.is_file():
+    path, folder = Path(dataset.ann_file), dataset.data_prefix.get('img')
+    if not path.is_file() or folder is None:
         return [], []
     try:
         content = read(path)
@@ -469,7 +469,6 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     entries = Entries(content, list(dataset.metainfo['classes']), masks=False)
     counts = ', '.join(f'{c} {entries.usable[c]}' for c in entries.classes)
     print(f'{path}: objects by class: {counts}', flush=True)
-    folder = dataset.data_prefix.get('img', '')
     return [], [
         Files(os.path.join(folder, name), size, note=backslash(name))
         for name, size in entries.sizes.values()

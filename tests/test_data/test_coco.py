@@ -354,6 +354,14 @@ def test_image_turned_by_its_orientation(coco, run):
     assert found[0] == 'image size' and 'EXIF' in found[2]
 
 
+@pytest.mark.parametrize('prefix', ['', "data_prefix=dict(img_path='')"])
+def test_folder_that_is_not_named(coco, run, prefix):
+    text = CONFIGS['detector'].replace("data_prefix=dict(img='')", prefix)
+    text = text.replace("'ann.json', ,", "'ann.json',")
+    (found,) = run('detector', coco, text=text)
+    assert found[::2] == ('image folder', "its data_prefix has no 'img'")
+
+
 def test_missing_folder(run, tmp_path):
     (found,) = run('detector', tmp_path / 'nowhere')
     assert found[0] == 'missing path' and 'does not exist' in found[1]
