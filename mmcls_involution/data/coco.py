@@ -125,7 +125,7 @@ def check_quickly(
     classes: list[str],
     objects: bool,
     masks: bool,
-    alone: bool,
+    alone: bool = True,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -136,7 +136,7 @@ def check_quickly(
         classes (list[str]): What the config says.
         objects (bool): Whether the annotations are objects in boxes.
         masks (bool): Whether their masks are trained or evaluated.
-        alone (bool): Whether the split has no other data set.
+        alone (bool): Whether the split has no other data set. Defaults to True.
     """
     try:
         content = read(ann_file)
