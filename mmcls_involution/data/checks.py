@@ -104,7 +104,8 @@ def _check_evaluator(
         return
     ((_, dataset),) = parts
     used = Path(dataset.get('data_root') or '', dataset['ann_file'])
-    if used.absolute() != Path(file).absolute():
+    # Links, and .. in a path, lead to one file by two names.
+    if not used.exists() or not used.samefile(file):
         yield Finding(
             'other annotations',
             f'{key} is {file}, but the data set reads {used}: the '
@@ -154,14 +155,18 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         return
     classes = list(classes)
     ann_file = dataset.get('ann_file')
-    if is_local(dataset, ann_file) and coco.loads_as_coco(cls):
+    if coco.reads_objects(cls) and 'img' not in prefix:
+        # MMDetection's own default has none, and ends in KeyError: 'img'.
+        yield Finding('image folder', path, "its data_prefix has no 'img'")
+    elif is_local(dataset, ann_file) and coco.loads_as_coco(cls):
         yield from coco.check_quickly(
             path,
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
             coco.reads_objects(cls),
-            coco.uses_masks(cfg, path.partition('_')[0]),
+            coco.uses_masks(cfg, split := path.partition('_')[0]),
+            len(data_sets(cfg, split)) == 1,
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -256,10 +261,12 @@ def check_in_full(cfg: Config, path: str, part: dict, workers: int) -> list[Find
         found += more
         pixels += counts
     wrong = any('label' in finding.rule for finding in found)
-    if files and files[0].values and not wrong:
+    # Those of a test may have none.
+    labels = [file.label for file in files if file.label is not None]
+    if labels and files[0].values and not wrong:
         place = str(dataset.data_prefix['seg_map_path'])
         trains = path.startswith('train')
-        found += files[0].values.check_use(place, pixels, trains, len(files))
+        found += files[0].values.check_use(place, pixels, trains, len(labels))
     return found
 
 

@@ -125,6 +125,7 @@ def check_quickly(
     classes: list[str],
     objects: bool,
     masks: bool,
+    alone: bool = True,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -135,6 +136,7 @@ def check_quickly(
         classes (list[str]): What the config says.
         objects (bool): Whether the annotations are objects in boxes.
         masks (bool): Whether their masks are trained or evaluated.
+        alone (bool): Whether the split has no other data set. Defaults to True.
     """
     try:
         content = read(ann_file)
@@ -162,6 +164,8 @@ def check_quickly(
             # pycocotools takes 4 numbers for a box, and stops at fewer.
             rule = 'broken mask'
         yield replace(finding, rule=rule, file=str(ann_file))
+    if not content.annotations and not alone:
+        return  # photos of the background, or without labels, beside others
     yield from entries.check_use(str(ann_file), trains)
 
 
@@ -455,8 +459,8 @@ def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] 
 
 def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     """Give the images of a CocoDataset; the quick check has looked at the file."""
-    path = Path(dataset.ann_file)
-    if not path.is_file():
+    path, folder = Path(dataset.ann_file), dataset.data_prefix.get('img')
+    if not path.is_file() or folder is None:
         return [], []
     try:
         content = read(path)
@@ -465,7 +469,6 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
     entries = Entries(content, list(dataset.metainfo['classes']), masks=False)
     counts = ', '.join(f'{c} {entries.usable[c]}' for c in entries.classes)
     print(f'{path}: objects by class: {counts}', flush=True)
-    folder = dataset.data_prefix.get('img', '')
     return [], [
         Files(os.path.join(folder, name), size, note=backslash(name))
         for name, size in entries.sizes.values()

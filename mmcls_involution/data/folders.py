@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,9 @@ def _number(dataset: Any, cfg: Config) -> int | None:
 def _check_folders(dataset: Any, root: Path, number: int | None) -> Iterator[Finding]:
     from mmpretrain.datasets.custom import find_folders
 
-    files = (str(file) for file in root.rglob('*') if file.is_file())
-    if not any(map(dataset.is_valid_file, files)):
+    # Into links, as MMPretrain goes: a subset may be links to some class folders.
+    walk = os.walk(root, followlinks=True)
+    if not any(dataset.is_valid_file(name) for _, _, names in walk for name in names):
         suffixes = ', '.join(sorted(dataset.extensions))
         detail = f'no file name ends in one of {suffixes}{there(root)}'
         yield Finding('no data', str(root), detail)

@@ -72,7 +72,12 @@ def check(cfg: Config, splits: tuple[str, ...]) -> None:
 def _warn_of_frozen_noise(cfg: Config) -> None:
     """Name settings for pre-trained weights that are left over where there are none."""
     backbone = cfg.model.get('backbone') or {}
-    if backbone.get('init_cfg') or cfg.model.get('pretrained') or cfg.get('load_from'):
+    if backbone.get('init_cfg') or cfg.model.get('pretrained'):
+        return
+    # Of the whole model: load_from, or its own init_cfg.
+    if any(
+        key.startswith(('load_from', 'model.init_cfg')) for key in starting_points(cfg)
+    ):
         return
     left = []
     if backbone.get('frozen_stages', -1) >= 0:

@@ -121,6 +121,13 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
                 f'--cfg-options {option} does not fit the config: {error.args[0]} '
                 'A config of your own, with `_base_` and that part in it, can set it.'
             ) from error
+        if key not in _runner_arguments() and _is_used(key, cfg.text):
+            print_log(
+                f'--cfg-options {option}: {key!r} is a variable of the config, whose '
+                'places have its value of before already, and keep it. Set these, as '
+                'in train_dataloader.dataset.data_root=PLACE',
+                level=logging.WARNING,
+            )
     for key in set(cfg) - _runner_arguments():
         close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
         if not close or _is_used(key, cfg.text):

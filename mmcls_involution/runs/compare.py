@@ -29,6 +29,7 @@ from typing import Any
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.runs.logs import Log, plt, read_log
 from mmcls_involution.runs.metrics import METRICS, per_cent
+from mmcls_involution.weights.files import identity
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     if changed:
         problem = f'{", ".join(changed)} of the config was changed during the training'
     # by the last two names: a relative path is one from where reproduce was called
-    elif Path(test['checkpoint']).parts[-2:] != last.resolve().parts[-2:]:
+    elif Path(test['checkpoint']).parts[-2:] != last.resolve().parts[-2:] and not (
+        # by its content: of a folder that is renamed since, or a link
+        last.is_file() and test.get('key', {}).get('checkpoint') == identity(str(last))
+    ):
         problem = f'the scores are of {test["checkpoint"]}, not of {last}'
     if problem:
         raise UserError(

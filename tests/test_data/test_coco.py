@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -116,6 +117,18 @@ def test_nothing_to_train_on(coco, run, change, detail):
     found = run('detector', coco)
     (row,) = (row for row in found if row[0] == 'nothing to train on')
     assert row == ('nothing to train on', str(coco / 'ann.json'), detail)
+
+
+def test_background_beside_a_set_with_objects(coco, run, tmp_path):
+    """Photos without objects, or unlabelled ones, are one of several data sets."""
+    background = shutil.copytree(coco, tmp_path / 'background')
+    edit(background, lambda content: content['annotations'].clear())
+    text = f"""{CONFIGS['detector']}
+_inner = train_dataloader['dataset']
+train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[
+    _inner, dict(_inner, data_root={str(background)!r})]))
+"""
+    assert run('detector', coco, text=text) == []
 
 
 def test_class_without_objects_and_counts(coco, run, capsys):
@@ -339,6 +352,14 @@ def test_image_turned_by_its_orientation(coco, run):
     edit(coco, image(file_name='1.jpg', width=60, height=64))
     (found,) = run('detector', coco)
     assert found[0] == 'image size' and 'EXIF' in found[2]
+
+
+@pytest.mark.parametrize('prefix', ['', "data_prefix=dict(img_path='')"])
+def test_folder_that_is_not_named(coco, run, prefix):
+    text = CONFIGS['detector'].replace("data_prefix=dict(img='')", prefix)
+    text = text.replace("'ann.json', ,", "'ann.json',")
+    (found,) = run('detector', coco, text=text)
+    assert found[::2] == ('image folder', "its data_prefix has no 'img'")
 
 
 def test_missing_folder(run, tmp_path):

@@ -12,6 +12,15 @@ def test_sound_classification(cls, run):
     assert run('classifier', cls) == []
 
 
+def test_class_folders_that_are_links(cls, run, tmp_path, capsys):
+    """As those of a part of ImageNet are; MMPretrain follows them."""
+    (tmp_path / 'part').mkdir()
+    for folder in cls.iterdir():
+        (tmp_path / 'part' / folder.name).symlink_to(folder)
+    assert run('classifier', tmp_path / 'part') == []
+    assert 'train_dataloader.dataset: 4 images' in capsys.readouterr().out
+
+
 def test_damaged_and_empty_folders(cls, run):
     tear(cls / 'dark' / 'dark_0.png', '.jpg')
     for file in (cls / 'light').iterdir():

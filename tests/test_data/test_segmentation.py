@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from check_cases import CONFIGS
 from PIL import Image
 
 
@@ -46,6 +47,13 @@ def test_damaged_label(seg, run, damage, kind, detail):
     (found,) = run('segmenter', seg)
     assert found[:2] == (kind, str(seg / 'labels' / '2.png'))
     assert detail in found[2]
+
+
+def test_images_without_labels(seg, run):
+    """Those of a test, which only predicts."""
+    text = CONFIGS['segmenter'].replace('train_', 'test_')
+    text = text.replace(", seg_map_path='labels'", '')
+    assert run('segmenter', seg, split='test', text=text) == []
 
 
 def test_torn_label(seg, run):

@@ -133,6 +133,22 @@ val_dataloader = dict(dataset=dict(
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
 
 
+@pytest.mark.parametrize('name', ['none/../ann.json', 'link.json'])
+def test_metrics_of_the_same_annotations_by_another_name(
+    name, coco_root, tmp_path, tool
+):
+    root = shutil.copytree(coco_root, tmp_path / 'data')
+    (root / 'none').mkdir()
+    (root / 'link.json').symlink_to('ann.json')
+    options = [
+        f'val_dataloader.dataset.data_root={root}',
+        f'val_dataloader.dataset.ann_file={name}',
+        f'val_evaluator.ann_file={root}/ann.json',
+    ]
+    arguments = ['--work-dir', tmp_path / 'work', '--cfg-options', *options]
+    assert tool('train', 'detector', *arguments) == ''
+
+
 def test_filter_that_leaves_nothing(tool, tmp_path):
     options = ['train_dataloader.dataset.filter_cfg.min_size=99']
     message = tool(

@@ -166,6 +166,19 @@ def test_variables_of_the_user_pass(text, warns, tool, edited, tmp_path, capfd):
     assert said == warns
 
 
+@pytest.mark.parametrize(
+    ('option', 'warns'),
+    [('dataset.ann_file=none.json', True), ('optim_wrapper.optimizer.lr=1', False)],
+)
+def test_option_that_sets_a_variable_is_named(option, warns, tool, tmp_path, capfd):
+    """What the config has made of the variable stays as it is."""
+    options = ['--cfg-options', option, 'load_from=nowhere.pth']
+    message = tool('train', 'detector', '--work-dir', tmp_path, *options)
+    assert message.startswith('Error: load_from: nowhere.pth does not exist')
+    said = f'{option.split("=")[0]}: ' in ''.join(capfd.readouterr())
+    assert said == warns
+
+
 def test_stock_config_without_this_package(tool, tmp_path):
     """A config that only inherits upstream, and data that are not there."""
     pytest.importorskip('mmseg')

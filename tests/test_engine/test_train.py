@@ -170,6 +170,12 @@ def test_flag_error_is_one_message(flags, expected, tool, tmp_path):
             + ['model.backbone.init_cfg.checkpoint=weights.pth'],
             None,
         ),
+        (
+            ['model.backbone.frozen_stages=1']
+            + ['model.init_cfg.type=Pretrained']
+            + ['model.init_cfg.checkpoint=weights.pth'],
+            None,
+        ),
     ],
 )
 def test_frozen_noise_is_named(options, found, tool, tmp_path, capfd, monkeypatch):

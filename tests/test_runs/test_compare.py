@@ -19,6 +19,7 @@ from mmcls_involution import __main__ as commands
 from mmcls_involution.engine.config import add_cfg_options, read_config
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.runs import compare as tool
+from mmcls_involution.weights.files import identity
 
 ROOT = Path(__file__).parents[2]
 SCORES = dict(slow=[30.0, 31.0, 35.0], quick=[40.0, 44.0])
@@ -102,6 +103,24 @@ def test_called_from_another_folder_than_reproduce(tmp_path, monkeypatch):
         else:
             with pytest.raises(UserError, match='the scores are of runs/1/a.pth'):
                 tool.read_run(Path('.'))
+
+
+@pytest.mark.parametrize('renamed', [False, True])
+def test_work_dir_that_is_a_link_or_renamed(renamed, tmp_path):
+    folder = write_run(tmp_path / 'here', 'c', 0, 30)
+    (folder / 'a.pth').write_text('weights')
+    file = folder / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    record['test']['key'] = dict(checkpoint=identity(str(folder / 'a.pth')))
+    if not renamed:
+        record['test']['checkpoint'] = str(tmp_path / 'there' / 'a.pth')
+    file.write_text(json.dumps(record))
+    there = tmp_path / 'there'
+    folder.rename(there) if renamed else there.symlink_to(folder)
+    assert tool.read_run(there).scores['mIoU'] == 30
+    (there / 'a.pth').write_text('others')
+    with pytest.raises(UserError, match='the scores are of '):
+        tool.read_run(there)
 
 
 @pytest.mark.parametrize(
