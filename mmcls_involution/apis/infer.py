@@ -94,10 +94,11 @@ def find_files(inputs: Iterable[str]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            matches = map(Path, glob.glob(str(path), recursive=True))
+            found = sorted(file for file in matches if file.is_file())
             if not found:
                 raise UserError(f'No such file, folder or pattern: {text}.')
-            files += [file for file in found if file.is_file()]
+            files += found
     if not files:
         raise UserError('No image or video was named: standard input is empty.')
     return files
@@ -208,6 +209,16 @@ def as_results(sample: Any, image_id: int, name: str, classes: Any) -> list[dict
     return results
 
 
+def _keep(files: Iterable[Path], out_dir: Path) -> None:
+    """Refuse a folder for results that has inputs: their names are those of results."""
+    for file in files:
+        if out_dir.resolve() in (file.parent.resolve(), file.resolve().parent):
+            raise UserError(
+                f'{file} lies in --out-dir {out_dir}, where a picture would be written '
+                'over it: name another folder for the results.'
+            )
+
+
 def _write(path: Path, image: np.ndarray) -> None:
     if not cv2.imwrite(str(path), image):  # which raises nothing
         raise UserError(f'Cannot write {path}: is the folder writable, the disk full?')
@@ -273,9 +284,9 @@ def main(args: argparse.Namespace) -> None:
     """The command ``infer``."""
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, got {args.batch_size}.')
-    files = find_files(args.inputs)
+    files, out_dir = find_files(args.inputs), Path(args.out_dir)
+    _keep(files, out_dir)
     inferencer = build_inferencer(args.config, args.weights, args.device)
-    out_dir = Path(args.out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     classes = class_names(inferencer)
     images, results, faults, videos = [], [], [], {}

@@ -200,7 +200,19 @@ def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.nd
     """
     rows, columns = np.indices(image.shape[:2], dtype=np.float32)
     coordinates = np.stack([columns, rows, np.ones_like(rows)], axis=2)
-    inside = preprocess(inferencer, [coordinates])['inputs'][0].numpy()
+    # Pillow resizes no numbers but those of 8 bits.
+    steps = [
+        step
+        for step in inferencer.pipeline.transforms
+        if getattr(step, 'backend', None) == 'pillow'
+    ]
+    for step in steps:
+        step.backend = 'cv2'
+    try:
+        inside = preprocess(inferencer, [coordinates])['inputs'][0].numpy()
+    finally:
+        for step in steps:
+            step.backend = 'pillow'
     source = np.full((3, *shape), np.nan, dtype=np.float32)
     source[:, : inside.shape[1], : inside.shape[2]] = inside
     source[:, np.abs(source[2] - 1) > 1e-3] = np.nan

@@ -60,7 +60,7 @@ def open_image(path: Path) -> np.ndarray:
         raise ValueError(
             f'{path} has more than {limit:.0f} megapixels: make it smaller first'
         ) from None
-    except OSError:
+    except (OSError, ValueError):  # no image, or one with a megabyte of text
         pass  # OpenCV may know it
     if check_image(str(path), None)[0]:
         raise ValueError(

@@ -39,7 +39,7 @@ class Exported(nn.Module):
             model.decode_head, nn.ModuleList
         ):  # else a cascade
             self.kind = 'segmenter'
-        elif hasattr(model, 'rpn_head') or hasattr(model, 'bbox_head'):
+        elif hasattr(model, 'rpn_head') or getattr(model, 'bbox_head', None):
             self.kind = 'detector'
         elif hasattr(model, 'head'):
             self.kind = 'classifier'

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from pycocotools.coco import COCO
 
 from mmcls_involution.apis import build_inferencer, infer
@@ -158,12 +159,14 @@ def test_same_results_in_batches_and_alone(run, photos):
 
 
 def test_what_is_broken_is_named_and_the_rest_goes_on(run, photos, tmp_path, capsys):
+    folder = tmp_path / 'in'
+    folder.mkdir()
     whole = (photos / 'gray.png').read_bytes()
     for name, content in (('torn.png', whole[:200]), ('none.jpg', b'')):
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / 'clip.mp4').write_bytes(b'no video')
+        (folder / name).write_bytes(content)
+    (folder / 'clip.mp4').write_bytes(b'no video')
     good = photos / 'odd.jpg'
-    inputs = [tmp_path / 'torn.png', good, tmp_path / 'none.jpg', tmp_path / 'clip.mp4']
+    inputs = [folder / 'torn.png', good, folder / 'none.jpg', folder / 'clip.mp4']
     with pytest.raises(SystemExit) as exit:
         run('classifier', *inputs, batch_size=2)
     assert exit.value.code == 1
@@ -172,7 +175,7 @@ def test_what_is_broken_is_named_and_the_rest_goes_on(run, photos, tmp_path, cap
     assert len(results) == 1
     printed = capsys.readouterr().out.replace('\n', '')
     for name in ('torn.png', 'none.jpg', 'clip.mp4'):
-        assert f'Passed over: {tmp_path / name}' in printed
+        assert f'Passed over: {folder / name}' in printed
     assert '1 images, 3 passed over' in printed
 
 
@@ -311,3 +314,27 @@ def test_class_names_of_a_checkpoint(weights, monkeypatch, coco_root, tmp_path):
             assert built.classes == ('cat', 'dog')
         else:
             assert built.model.dataset_meta['classes'] == ('cat', 'dog')
+
+
+def test_inputs_are_not_written_over(run, photos, tmp_path):
+    photo = tmp_path / 'photo.jpg'
+    content = (photos / 'odd.jpg').read_bytes()
+    photo.write_bytes(content)
+    for given in (photo, tmp_path):
+        with pytest.raises(UserError, match='photo.jpg lies in --out-dir'):
+            run('classifier', given)
+    assert photo.read_bytes() == content and list(tmp_path.iterdir()) == [photo]
+
+
+def test_pattern_of_folders_alone(photos):
+    with pytest.raises(UserError, match='No such file, folder or pattern'):
+        infer.find_files([str(photos / 's*')])
+
+
+def test_image_with_much_text(photos, tmp_path):
+    """Pillow refuses its text; OpenCV reads the image."""
+    file, text = tmp_path / 'text.png', PngInfo()
+    text.add_text('prompt', 'x' * 2_000_000, zip=True)
+    Image.open(photos / 'gray.png').save(file, pnginfo=text)
+    (frame,) = infer.frames([file])
+    assert not frame.fault and frame.image.shape == (48, 64, 3)

@@ -95,13 +95,19 @@ def test_roi_heads_are_recorded_and_not_drawn(image):
     assert drawn and not any('roi_head' in name for name in drawn)
 
 
-@pytest.mark.parametrize('kind', ['detector', 'segmenter', 'classifier'])
+@pytest.mark.parametrize(
+    'kind, backend',
+    [
+        *((kind, 'cv2') for kind in ('detector', 'segmenter', 'classifier')),
+        ('classifier', 'pillow'),
+    ],
+)
 def test_points_are_found_after_resizing_and_cutting(
-    kind, image, coco_root, monkeypatch
+    kind, backend, image, coco_root, monkeypatch
 ):
     cfg = tiny(kind, coco_root, monkeypatch)
     if kind == 'classifier':
-        resize = dict(type='ResizeEdge', scale=128, edge='short')
+        resize = dict(type='ResizeEdge', scale=128, edge='short', backend=backend)
         cut = dict(type='CenterCrop', crop_size=112)
         cfg.test_dataloader.dataset.pipeline[1:1] = [resize, cut]
     inferencer = build_inferencer(cfg)

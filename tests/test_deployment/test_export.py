@@ -358,6 +358,10 @@ def test_other_heads_are_refused():
     cascade = nn.ModuleDict({'decode_head': nn.ModuleList()})
     with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
         Exported(cascade)
+    masks_alone = nn.ModuleDict({'mask_head': Head()})  # as SOLO is
+    masks_alone.bbox_head = None
+    with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
+        Exported(masks_alone)
 
 
 def test_zeros_equal_zeros():
