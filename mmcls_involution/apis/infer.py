@@ -211,8 +211,9 @@ def as_results(sample: Any, image_id: int, name: str, classes: Any) -> list[dict
 
 def _keep(files: Iterable[Path], out_dir: Path) -> None:
     """Refuse a folder for results that has inputs: their names are those of results."""
+    folder = out_dir.resolve()
     for file in files:
-        if out_dir.resolve() in (file.parent.resolve(), file.resolve().parent):
+        if folder in (file.parent.resolve(), file.resolve().parent):
             raise UserError(
                 f'{file} lies in --out-dir {out_dir}, where a picture would be written '
                 'over it: name another folder for the results.'

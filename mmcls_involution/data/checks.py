@@ -159,13 +159,14 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         # MMDetection's own default has none, and ends in KeyError: 'img'.
         yield Finding('image folder', path, "its data_prefix has no 'img'")
     elif is_local(dataset, ann_file) and coco.loads_as_coco(cls):
+        split = path.partition('_')[0]
         yield from coco.check_quickly(
             path,
             Path(root, ann_file).expanduser(),
             Path(root, prefix.get('img', '')),
             classes,
             coco.reads_objects(cls),
-            coco.uses_masks(cfg, split := path.partition('_')[0]),
+            coco.uses_masks(cfg, split),
             len(data_sets(cfg, split)) == 1,
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the

@@ -383,3 +383,42 @@ def test_changed_span_convolution_is_called(change, outer):
         span.__class__ = Counting  # as torch's fully_shard does it
     module(torch.rand(1, 16, 5, 5))
     assert calls
+
+
+@pytest.mark.parametrize('generator', ['bottleneck', 'linear'])
+def test_gradients_of_the_fused_form_that_are_differentiated_in_turn(generator):
+    """The kernels are made of the input: its two paths are counted once each."""
+    module = Involution2d(
+        *(4, 3, 2), group_channels=2, fused=True, generator=generator
+    ).double()
+    module.eval()
+    tensors = [
+        torch.randn(2, 4, 5, 7, dtype=torch.double, requires_grad=True),
+        *module.parameters(),
+    ]
+    out = module(tensors[0])
+    grad = torch.randn_like(out)
+    arguments = dict(grad_outputs=grad, create_graph=True)
+    once = torch.autograd.grad(out, tensors, grad, retain_graph=True)
+    again = torch.autograd.grad(out, tensors, **arguments)
+    torch.testing.assert_close(again, once, rtol=1e-12, atol=1e-12)
+    # And in turn, against the two steps.
+    module.fused = False
+    directions = [torch.randn_like(t) for t in tensors]
+    expected = torch.autograd.grad(module(tensors[0]), tensors, **arguments)
+    found, expected = (
+        torch.autograd.grad(first, tensors, directions, allow_unused=True)
+        for first in (again, expected)
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_gradients_in_turn_need_no_memory():
+    """On the meta device, which has no autocast."""
+    module = Involution2d(16, 3, fused=True, backend='tap_sum').to('meta')
+    x = torch.empty(1, 16, 5, 7, device='meta', requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    assert grad.shape == x.shape
