@@ -177,7 +177,7 @@ def involution2d(input: Tensor, weight: Tensor, *arguments) -> Tensor:
 # because an exported program holds operators alone and runs under autocast too.
 
 _library = torch.library.Library('mmcls_involution', 'FRAGMENT')
-AUTOCAST_DEVICES = ('cpu', 'cuda')
+AUTOCAST_DEVICES = ('cpu', 'cuda', 'mps', 'xpu')
 
 
 def _cast(device: str, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

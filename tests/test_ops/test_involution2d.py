@@ -17,7 +17,7 @@ from op_cases import (
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmcls_involution.ops import involution2d, output_size
+from mmcls_involution.ops import fused_involution2d, involution2d, output_size
 from mmcls_involution.ops.backends import reference
 
 
@@ -171,6 +171,25 @@ def test_autocast_runs_in_the_chosen_dtype(dtype, mixed):
     torch.testing.assert_close(
         out, involution2d(input.to(dtype), weight.to(dtype), *arguments)
     )
+
+
+@pytest.mark.parametrize('device', ['cpu', 'cuda', 'mps', 'xpu'])
+@pytest.mark.parametrize('fused', [False, True])
+def test_autocast_of_every_device(device, fused):
+    """By its key in torch's dispatcher, for there is no such device here."""
+    x, weight = torch.randn(1, 4, 6, 5), torch.randn(18, 3, 1, 1)
+    reduced, kernels = torch.randn(1, 3, 6, 5), torch.randn(1, 2, 3, 3, 6, 5)
+    key = getattr(torch._C.DispatchKey, f'Autocast{device.upper()}')
+    torch.set_autocast_enabled(device, True)  # torch.autocast wants the device
+    try:
+        with torch._C._IncludeDispatchKeyGuard(key):
+            if fused:
+                out = fused_involution2d(x, reduced, weight, kernel_size=3, padding=1)
+            else:
+                out = involution2d(x, kernels, padding=1)
+    finally:
+        torch.set_autocast_enabled(device, False)
+    assert out.dtype == torch.get_autocast_dtype(device) != torch.float32
 
 
 @backend_name
