@@ -108,7 +108,7 @@ def count(files: Iterable[Path]) -> int:
     """How many frames there are, as far as the videos say."""
     return sum(
         max(1, int(cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT)))
-        if file.suffix.lower() in VIDEOS
+        if file.suffix.lower() in VIDEOS and _text(str(file)) == str(file)
         else 1
         for file in files
     )
@@ -118,7 +118,7 @@ def frames(files: Iterable[Path], videos: bool = True) -> Iterator[Frame]:
     """Read images and videos (or images alone), one frame after the other."""
     taken: set[str] = set()
     for file in files:
-        name = _free(file.stem, taken)
+        name = _free(_text(file.stem), taken)
         if videos and file.suffix.lower() in VIDEOS:
             yield from _video(file, name, taken)
             continue
@@ -126,6 +126,11 @@ def frames(files: Iterable[Path], videos: bool = True) -> Iterator[Frame]:
             yield Frame(str(file), name, open_image(file))
         except ValueError as error:
             yield Frame(str(file), name, fault=str(error))
+
+
+def _text(name: str) -> str:
+    """A name with bytes that are no UTF-8 escaped: OpenCV crashes at them."""
+    return name.encode(errors='backslashreplace').decode()
 
 
 def _free(name: str, taken: set[str]) -> str:
@@ -139,6 +144,12 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 def _video(file: Path, name: str, taken: set[str]) -> Iterator[Frame]:
+    if _text(str(file)) != str(file):
+        fault = (
+            f'{file} has a name that is no UTF-8, which OpenCV cannot open: rename it'
+        )
+        yield Frame(str(file), name, fault=fault)
+        return
     video = cv2.VideoCapture(str(file))
     rate = video.get(cv2.CAP_PROP_FPS) or 25
     number = 0
@@ -338,7 +349,8 @@ def main(args: argparse.Namespace) -> None:
         image_id = len(images) + 1
         picture, undrawn = picture_of(inferencer, frame, sample, args.score_thr)
         if undrawn:
-            console.print(f'{undrawn}. The picture is the image.', highlight=False)
+            text = _text(f'{undrawn}. The picture is the image.')
+            console.print(text, highlight=False)
         write_picture(out_dir, frame, picture, videos, stack)
         if hasattr(sample, 'pred_sem_seg'):
             _write(out_dir / f'{frame.name}_labels.png', label_map(sample))
@@ -356,7 +368,7 @@ def main(args: argparse.Namespace) -> None:
             for frame, sample, fault in predict(inferencer, batch):
                 if fault:
                     faults.append(fault)
-                    console.print(f'Passed over: {fault}', highlight=False)
+                    console.print(_text(f'Passed over: {fault}'), highlight=False)
                 else:
                     finish(frame, sample)
     categories = [dict(id=i, name=str(c)) for i, c in enumerate(classes or [], 1)]

@@ -167,13 +167,24 @@ def export_pt2(
         decompose (bool): Into torch's own operators; else involution stays one, and who
             loads the file imports ``mmcls_involution.ops`` first.
         about (dict[str, str], optional): Extra files of the archive. Defaults to None.
+
+    Raises:
+        UserError: If torch cannot write the model.
     """
     shapes = None
     if dynamic:
         any_size = torch.export.Dim.DYNAMIC
         shapes = ({0: any_size, 2: any_size, 3: any_size},)
-    with torch.no_grad():
-        program = torch.export.export(model, (image,), dynamic_shapes=shapes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (image,), dynamic_shapes=shapes)
+    except (RuntimeError, ValueError) as error:  # torch.export's own are such too
+        why = ' '.join(str(error).strip().splitlines()[:2]).strip()
+        raise UserError(
+            f'torch cannot write this model as pt2: {why} '
+            f'{"Without --dynamic, or with" if dynamic else "With"} --format onnx, it '
+            'may do.'
+        ) from error
     if decompose:
         operators = torch.ops.mmcls_involution
         program = program.run_decompositions(

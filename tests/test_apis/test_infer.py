@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -286,6 +288,27 @@ def test_frames_and_images_have_names_of_their_own(tmp_path):
     assert found == ['clip_000000', 'clip_000001', 'clip_000000_2']
     found = [frame.name for frame in infer.frames([image, clip])]
     assert found == ['clip_000000', 'clip_000000_2', 'clip_000001']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux alone')
+def test_names_that_are_no_text(run, photos, tmp_path, capsys):
+    """OpenCV crashes at them, and streams of UTF-8 do not take them."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name in (b'caf\xe9.jpg', b'clip\xe9.mp4'):
+        Path(os.fsdecode(os.fsencode(folder) + b'/' + name)).write_bytes(
+            (photos / 'odd.jpg').read_bytes()
+        )
+    files = infer.find_files([str(folder)])
+    names = [(frame.name, bool(frame.fault)) for frame in infer.frames(files)]
+    assert names == [('caf\\udce9', False), ('clip\\udce9', True)]
+    with pytest.raises(SystemExit):
+        run('classifier', folder)
+    listed, _ = read(tmp_path)
+    assert [image['file_name'] for image in listed['images']] == [str(files[0])]
+    assert (tmp_path / 'caf\\udce9.jpg').is_file()
+    printed = capsys.readouterr().out.replace('\n', '')
+    assert 'clip\\udce9.mp4 has a name that is no UTF-8' in printed
 
 
 def test_classes_without_names_are_counted_in_cascades_too():

@@ -346,6 +346,23 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_what_torch_cannot_write_as_pt2_ends_in_one_message(dynamic, tmp_path):
+    class Unknown(nn.Module):
+        def forward(self, x):
+            if dynamic:
+                return (x.reshape(4, 12),)  # one size alone
+            return (x if x.sum() > 0 else x + 1,)
+
+    model = Exported(nn.ModuleDict({'backbone': Unknown()}), backbone=True)
+    with pytest.raises(UserError, match='as pt2: .* --format onnx, it may do'):
+        export.export_pt2(
+            *(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.pt2'),
+            dynamic=dynamic,
+            decompose=False,
+        )
+
+
 def test_other_heads_are_refused():
     class Head(nn.Module):
         def forward(self, features):
