@@ -108,7 +108,7 @@ def count(files: Iterable[Path]) -> int:
     """How many frames there are, as far as the videos say."""
     return sum(
         max(1, int(cv2.VideoCapture(str(file)).get(cv2.CAP_PROP_FRAME_COUNT)))
-        if file.suffix.lower() in VIDEOS
+        if file.suffix.lower() in VIDEOS and _text(str(file)) == str(file)
         else 1
         for file in files
     )
@@ -118,13 +118,9 @@ def frames(files: Iterable[Path], videos: bool = True) -> Iterator[Frame]:
     """Read images and videos (or images alone), one frame after the other."""
     taken: set[str] = set()
     for file in files:
-        name, number = file.stem, 1
-        while name in taken:
-            number += 1
-            name = f'{file.stem}_{number}'
-        taken.add(name)
+        name = _free(_text(file.stem), taken)
         if videos and file.suffix.lower() in VIDEOS:
-            yield from _video(file, name)
+            yield from _video(file, name, taken)
             continue
         try:
             yield Frame(str(file), name, open_image(file))
@@ -132,12 +128,33 @@ def frames(files: Iterable[Path], videos: bool = True) -> Iterator[Frame]:
             yield Frame(str(file), name, fault=str(error))
 
 
-def _video(file: Path, name: str) -> Iterator[Frame]:
+def _text(name: str) -> str:
+    """A name with bytes that are no UTF-8 escaped: OpenCV crashes at them."""
+    return name.encode(errors='backslashreplace').decode()
+
+
+def _free(name: str, taken: set[str]) -> str:
+    """Take a name; where it is taken, the first free one of NAME_2, NAME_3, ..."""
+    free, number = name, 1
+    while free in taken:
+        number += 1
+        free = f'{name}_{number}'
+    taken.add(free)
+    return free
+
+
+def _video(file: Path, name: str, taken: set[str]) -> Iterator[Frame]:
+    if _text(str(file)) != str(file):
+        fault = (
+            f'{file} has a name that is no UTF-8, which OpenCV cannot open: rename it'
+        )
+        yield Frame(str(file), name, fault=fault)
+        return
     video = cv2.VideoCapture(str(file))
     rate = video.get(cv2.CAP_PROP_FPS) or 25
     number = 0
     while (read := video.read())[0]:
-        title = f'{name}_{number:06}'
+        title = _free(f'{name}_{number:06}', taken)
         yield Frame(f'{file}#{number}', title, read[1], video=name, rate=rate)
         number += 1
     video.release()
@@ -176,11 +193,41 @@ def predict(
         yield frame, sample.cpu(), ''
 
 
+def picture_of(
+    inferencer: Any, frame: Frame, sample: Any, score_thr: float
+) -> tuple[np.ndarray, str]:
+    """A prediction on its image, RGB, and ''.
+
+    Where it cannot be drawn, the image as it is, and why: MMSegmentation's visualizer
+    stops at an image of one pixel, matplotlib at one of 65,536 in a row.
+    """
+    try:
+        return draw(inferencer, frame.image, sample, score_thr), ''
+    except Exception as error:  # each library has its own
+        reason = f'{type(error).__name__}: {error}'
+        fault = f'The prediction of {frame.file} cannot be drawn: {reason}'
+        return np.ascontiguousarray(frame.image[..., ::-1]), fault
+
+
+def label_map(sample: Any) -> np.ndarray:
+    """The label of each pixel, ``[H, W]``, of as many bits as they need."""
+    labels = sample.pred_sem_seg.data[0].numpy()
+    labels = labels.astype(np.int64)  # of one logit, out_channels=1, they are float32
+    return labels.astype(np.min_scalar_type(labels.max()))
+
+
 def as_results(sample: Any, image_id: int, name: str, classes: Any) -> list[dict]:
     """A prediction as entries of results.json; see the module for their form."""
     if hasattr(sample, 'pred_sem_seg'):
         return [dict(image_id=image_id, label_map=f'{name}_labels.png')]
     if not hasattr(sample, 'pred_instances'):
+        if not hasattr(sample, 'pred_score'):
+            found = ', '.join(sorted(sample.keys())) or 'nothing'
+            raise UserError(
+                f'The model predicts {found}. What can be written are boxes and masks '
+                '(pred_instances), label maps (pred_sem_seg) and scores of classes '
+                '(pred_score): use the Inferencer of its toolbox.'
+            )
         scores = sample.pred_score.tolist()
         label = int(np.argmax(scores))
         result = dict(image_id=image_id, category_id=label + 1, score=scores[label])
@@ -300,12 +347,13 @@ def main(args: argparse.Namespace) -> None:
     def finish(frame: Frame, sample: Any) -> None:
         height, width = frame.image.shape[:2]
         image_id = len(images) + 1
-        picture = draw(inferencer, frame.image, sample, args.score_thr)
+        picture, undrawn = picture_of(inferencer, frame, sample, args.score_thr)
+        if undrawn:
+            text = _text(f'{undrawn}. The picture is the image.')
+            console.print(text, highlight=False)
         write_picture(out_dir, frame, picture, videos, stack)
         if hasattr(sample, 'pred_sem_seg'):
-            labels = sample.pred_sem_seg.data[0].numpy()
-            labels = labels.astype(np.min_scalar_type(labels.max()))  # 8 or 16 bit
-            _write(out_dir / f'{frame.name}_labels.png', labels)
+            _write(out_dir / f'{frame.name}_labels.png', label_map(sample))
         if args.kernels:
             figure = draw_kernels(look(inferencer, frame.image))
             figure.savefig(out_dir / f'{frame.name}_kernels.png', dpi=110)
@@ -320,7 +368,7 @@ def main(args: argparse.Namespace) -> None:
             for frame, sample, fault in predict(inferencer, batch):
                 if fault:
                     faults.append(fault)
-                    console.print(f'Passed over: {fault}', highlight=False)
+                    console.print(_text(f'Passed over: {fault}'), highlight=False)
                 else:
                     finish(frame, sample)
     categories = [dict(id=i, name=str(c)) for i, c in enumerate(classes or [], 1)]

@@ -210,7 +210,7 @@ def _name_classes(inferencer: Any, meta: dict[str, Any], scope: str) -> None:
         inferencer.classes = classes
         return
     if scope == 'mmseg':
-        number = len(classes or []) or inferencer.model.decode_head.num_classes
+        number = len(classes or []) or inferencer.model.num_classes
         classes = classes or [f'class {i}' for i in range(number)]
         if not palette:
             colors = matplotlib.colormaps['tab20'].colors

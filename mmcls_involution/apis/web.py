@@ -23,11 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmcls_involution.apis.infer import as_results, frames, predict
+from mmcls_involution.apis.infer import (
+    as_results,
+    frames,
+    label_map,
+    picture_of,
+    predict,
+)
 from mmcls_involution.apis.inferencer import (
     build_inferencer,
     class_names,
-    draw,
     find_config,
     hub,
 )
@@ -120,15 +125,17 @@ def answer(config: str, weights: str, file: str) -> Answer:
     ((_, sample, fault),) = predict(inferencer, [frame])
     if fault:
         return Answer(fault.replace(file, Path(file).name))
-    picture = draw(inferencer, frame.image, sample, SCORE_THR)
-    rows = _rows(sample, class_names(inferencer))
-    size = frame.image.shape[1::-1]
+    picture, undrawn = picture_of(inferencer, frame, sample, SCORE_THR)
+    size, rows = frame.image.shape[1::-1], ()
     try:
+        rows = _rows(sample, class_names(inferencer))
         view = look(inferencer, frame.image)
     except UserError as error:
         return Answer(str(error), picture, rows, size=size)
     found = f'{len(rows)} {"results" if len(rows) != 1 else "result"}'
     message = f'{found}. Click on a pixel of the prediction to see its kernels.'
+    if undrawn:
+        message = f'{undrawn.replace(file, Path(file).name)}. {message}'
     return Answer(message, picture, rows, as_image(draw_kernels(view)), view, size)
 
 
@@ -137,7 +144,7 @@ def _rows(sample: Any, classes: Any) -> tuple[tuple[str, str, str], ...]:
         return str(classes[label]) if classes else f'class {label}'
 
     if hasattr(sample, 'pred_sem_seg'):
-        labels, counts = np.unique(sample.pred_sem_seg.data.numpy(), return_counts=True)
+        labels, counts = np.unique(label_map(sample), return_counts=True)
         order = np.argsort(-counts)
         shares = counts / counts.sum()
         return tuple((called(labels[i]), '', f'{shares[i]:.1%}') for i in order)

@@ -167,13 +167,24 @@ def export_pt2(
         decompose (bool): Into torch's own operators; else involution stays one, and who
             loads the file imports ``mmcls_involution.ops`` first.
         about (dict[str, str], optional): Extra files of the archive. Defaults to None.
+
+    Raises:
+        UserError: If torch cannot write the model.
     """
     shapes = None
     if dynamic:
         any_size = torch.export.Dim.DYNAMIC
         shapes = ({0: any_size, 2: any_size, 3: any_size},)
-    with torch.no_grad():
-        program = torch.export.export(model, (image,), dynamic_shapes=shapes)
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (image,), dynamic_shapes=shapes)
+    except (RuntimeError, ValueError) as error:  # torch.export's own are such too
+        why = ' '.join(str(error).strip().splitlines()[:2]).strip()
+        raise UserError(
+            f'torch cannot write this model as pt2: {why} '
+            f'{"Without --dynamic, or with" if dynamic else "With"} --format onnx, it '
+            'may do.'
+        ) from error
     if decompose:
         operators = torch.ops.mmcls_involution
         program = program.run_decompositions(
@@ -282,17 +293,17 @@ def metadata(
 ) -> dict[str, str]:
     """What who runs the file has to know of images and classes, each as JSON."""
     preprocessor = model.data_preprocessor
-    swaps = getattr(preprocessor, 'to_rgb', False) or getattr(
-        preprocessor, '_channel_conversion', False
-    )
+    # MMPretrain's, MMDetection's and MMSegmentation's name for it.
+    names = ('to_rgb', '_channel_conversion', 'channel_conversion')
+    swaps = any(getattr(preprocessor, name, False) for name in names)
     found = {
         'classes': list(classes or []),
         'channel_order': 'RGB' if swaps else 'BGR',
         'size': list(size),
     }
-    for key in ('mean', 'std'):
+    for key, none in (('mean', 0.0), ('std', 1.0)):  # where nothing is normalized
         values = getattr(preprocessor, key, None)
-        found[key] = None if values is None else values.flatten().tolist()
+        found[key] = [none] * 3 if values is None else values.flatten().tolist()
     return {key: json.dumps(value) for key, value in found.items()}
 
 
@@ -372,6 +383,15 @@ def main(args: argparse.Namespace) -> None:
         if args.boxes
         else Exported(toolbox_model, args.backbone)
     )
+    tests = getattr(toolbox_model, 'test_cfg', None) or {}
+    if model.kind == 'segmenter' and tests.get('mode') == 'slide':
+        size = ' '.join(map(str, tests['crop_size']))
+        console.print(
+            f'{args.config} tests images in windows (test_cfg.mode is slide). The file '
+            'takes an image as a whole, so that labels differ from those of infer and '
+            f'test: give it windows of --shape {size}, and average where they overlap.',
+            highlight=False,
+        )
     image = torch.randn(2 if args.dynamic else 1, 3, *shape)
     about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')

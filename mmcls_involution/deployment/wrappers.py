@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,9 @@ class Exported(nn.Module):
         self, model: nn.Module, backbone: bool = False, fold: bool = True
     ) -> None:
         super().__init__()
+        has_backbone = hasattr(model, 'backbone')
+        if backbone and not has_backbone:
+            raise UserError(f'--backbone: {type(model).__name__} has no backbone.')
         model = copy.deepcopy(model)
         model.eval()  # MMPretrain's returns None
         model.requires_grad_(False)
@@ -41,12 +45,13 @@ class Exported(nn.Module):
             self.kind = 'segmenter'
         elif hasattr(model, 'rpn_head') or getattr(model, 'bbox_head', None):
             self.kind = 'detector'
-        elif hasattr(model, 'head'):
+        elif getattr(model, 'head', None):
             self.kind = 'classifier'
         else:
             raise UserError(
                 f'{type(model).__name__} is no classifier, encoder-decoder segmenter, '
-                'or one- or two-stage detector; --backbone exports its backbone.'
+                'or one- or two-stage detector'
+                + ('; --backbone exports its backbone.' if has_backbone else '.')
             )
         self.eval()  # torch's exporter restores the mode that the outermost had
 
@@ -56,9 +61,9 @@ class Exported(nn.Module):
             return tuple(self.model(image))
         features = self.model.extract_feat(image)
         if self.kind == 'classifier':
-            return (self.model.head(features),)
+            return (_logits(self.model.head, features),)
         if self.kind == 'segmenter':
-            logits = self.model.decode_head(features)
+            logits = _logits(self.model.decode_head, features)
             corners = self.model.align_corners
             size = image.shape[2:]
             return (
@@ -66,7 +71,7 @@ class Exported(nn.Module):
             )
         two_stages = hasattr(self.model, 'rpn_head')
         head = self.model.rpn_head if two_stages else self.model.bbox_head
-        maps = head(features)
+        maps = _maps(head, features)
         if len(maps) != 2:
             raise UserError(
                 f'{type(head).__name__} gives {len(maps)} kinds of maps. Detectors '
@@ -94,6 +99,29 @@ class Exported(nn.Module):
         # ONNX Runtime takes what is called alike to be of one size.
         prefix = '' if self.kind == 'segmenter' else f'{name}_'
         return {0: 'batch', 2: f'{prefix}height', 3: f'{prefix}width'}
+
+
+def _maps(head: nn.Module, features: Any) -> Any:
+    """What a head says of features, if it needs nothing else."""
+    try:
+        return head(features)
+    except (TypeError, NotImplementedError) as error:  # a transformer's, or in steps
+        raise UserError(
+            f'{type(head).__name__} does not take feature maps alone: {error}. Models '
+            'whose head does are exported; of others --backbone exports the backbone.'
+        ) from error
+
+
+def _logits(head: nn.Module, features: Any) -> Tensor:
+    """What the head of a classifier or segmenter says, if it is one tensor."""
+    logits = _maps(head, features)
+    if not isinstance(logits, Tensor):
+        raise UserError(
+            f'{type(head).__name__} gives {type(logits).__name__}, not one tensor of '
+            'logits. Models whose head gives one are exported; of others --backbone '
+            'exports the backbone.'
+        )
+    return logits
 
 
 class _AnySizePool(nn.Module):

@@ -5,18 +5,23 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
+import sys
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.structures import BaseDataElement, PixelData
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pycocotools.coco import COCO
+from torch import nn
 
-from mmcls_involution.apis import build_inferencer, infer
+from mmcls_involution.apis import build_inferencer, infer, inferencer, web
 from mmcls_involution.apis.inferencer import find_config
 from mmcls_involution.engine.errors import UserError
 
@@ -142,6 +147,37 @@ def test_segmenter(run, photos, tmp_path):
         assert cv2.imread(str(picture)).shape[:2] == labels.shape
 
 
+def test_labels_of_one_logit_are_integers():
+    """With out_channels=1 MMSegmentation compares with a threshold, in float32."""
+    sample = BaseDataElement(pred_sem_seg=PixelData(data=torch.tensor([[[0.0, 1]]])))
+    labels = infer.label_map(sample)
+    assert labels.dtype == np.uint8 and labels.tolist() == [[0, 1]]
+    rows = web._rows(sample, ('sky', 'road'))
+    assert {row[0] for row in rows} == {'sky', 'road'}
+
+
+def test_other_predictions_are_refused():
+    sample = BaseDataElement(pred_panoptic_seg=PixelData(sem_seg=torch.zeros(1, 2, 2)))
+    with pytest.raises(UserError, match='predicts pred_panoptic_seg'):
+        infer.as_results(sample, 1, 'photo', None)
+
+
+def test_what_cannot_be_drawn_is_predicted(run, photos, tmp_path, capsys):
+    """MMSegmentation's visualizer stops at an image of one pixel."""
+    dot = tmp_path / 'in' / 'dot.png'
+    dot.parent.mkdir()
+    Image.new('RGB', (1, 1), (9, 9, 9)).save(dot)
+    listed, results = run('segmenter', dot, photos / 'odd.jpg')
+    assert [result['label_map'] for result in results] == [
+        'dot_labels.png',
+        'odd_labels.png',
+    ]
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert f'prediction of {dot} cannot be drawn: ' in printed
+    assert cv2.imread(str(tmp_path / 'dot.jpg')).tolist() == [[[9, 9, 9]]]
+    assert cv2.imread(str(tmp_path / 'dot_labels.png')).shape == (1, 1, 3)
+
+
 def test_classifier(run, photos):
     listed, results = run('classifier', photos, batch_size=4)
     check_images(listed, photos)
@@ -240,6 +276,50 @@ def test_names_are_never_taken_twice(tmp_path):
     names = ['a_2.png', 'a.png', 'a.jpg', 'a.bmp']
     found = [frame.name for frame in infer.frames(map(Path, names))]
     assert found == ['a_2', 'a', 'a_3', 'a_4']
+
+
+def test_frames_and_images_have_names_of_their_own(tmp_path):
+    clip, image = tmp_path / 'clip.avi', tmp_path / 'clip_000000.png'
+    video = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*'MJPG'), 5, (64, 48))
+    for _ in range(2):
+        video.write(np.zeros((48, 64, 3), dtype=np.uint8))
+    video.release()
+    found = [frame.name for frame in infer.frames([clip, image])]
+    assert found == ['clip_000000', 'clip_000001', 'clip_000000_2']
+    found = [frame.name for frame in infer.frames([image, clip])]
+    assert found == ['clip_000000', 'clip_000000_2', 'clip_000001']
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='names are bytes on Linux alone')
+def test_names_that_are_no_text(run, photos, tmp_path, capsys):
+    """OpenCV crashes at them, and streams of UTF-8 do not take them."""
+    folder = tmp_path / 'in'
+    folder.mkdir()
+    for name in (b'caf\xe9.jpg', b'clip\xe9.mp4'):
+        Path(os.fsdecode(os.fsencode(folder) + b'/' + name)).write_bytes(
+            (photos / 'odd.jpg').read_bytes()
+        )
+    files = infer.find_files([str(folder)])
+    names = [(frame.name, bool(frame.fault)) for frame in infer.frames(files)]
+    assert names == [('caf\\udce9', False), ('clip\\udce9', True)]
+    with pytest.raises(SystemExit):
+        run('classifier', folder)
+    listed, _ = read(tmp_path)
+    assert [image['file_name'] for image in listed['images']] == [str(files[0])]
+    assert (tmp_path / 'caf\\udce9.jpg').is_file()
+    printed = capsys.readouterr().out.replace('\n', '')
+    assert 'clip\\udce9.mp4 has a name that is no UTF-8' in printed
+
+
+def test_classes_without_names_are_counted_in_cascades_too():
+    shown = {}
+    visualizer = SimpleNamespace(set_dataset_meta=lambda **meta: shown.update(meta))
+    heads = nn.ModuleList([nn.Identity(), nn.Identity()])  # MMSegmentation's cascade
+    model = SimpleNamespace(decode_head=heads, num_classes=3)
+    tool = SimpleNamespace(model=model, visualizer=visualizer)
+    inferencer._name_classes(tool, {}, 'mmseg')
+    assert shown['classes'] == ['class 0', 'class 1', 'class 2']
+    assert len(shown['palette']) == 3
 
 
 def test_configs_by_name(tmp_path):

@@ -80,6 +80,16 @@ def test_answers(kind, folder):
     assert kernels.std() > 10 and kernels.shape[0] < found.heat.shape[0] * 2
 
 
+def test_what_cannot_be_drawn_is_answered_all_the_same(folder):
+    """MMSegmentation's visualizer stops at an image of one pixel."""
+    model = web.find_models(folder)['segmenter/epoch_1.pth']
+    file = folder.parent / 'dot.png'
+    cv2.imwrite(str(file), np.full((1, 1, 3), 9, dtype=np.uint8))
+    found = web.answer(*model, str(file))
+    assert 'of dot.png cannot be drawn: ' in found.message and len(found.rows) == 1
+    assert found.picture.tolist() == [[[9, 9, 9]]]
+
+
 def test_what_is_refused_in_one_message(folder):
     models = web.find_models(folder)
     photo = folder.parent / 'photo.png'

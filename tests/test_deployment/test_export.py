@@ -346,6 +346,23 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
+@pytest.mark.parametrize('dynamic', [False, True])
+def test_what_torch_cannot_write_as_pt2_ends_in_one_message(dynamic, tmp_path):
+    class Unknown(nn.Module):
+        def forward(self, x):
+            if dynamic:
+                return (x.reshape(4, 12),)  # one size alone
+            return (x if x.sum() > 0 else x + 1,)
+
+    model = Exported(nn.ModuleDict({'backbone': Unknown()}), backbone=True)
+    with pytest.raises(UserError, match='as pt2: .* --format onnx, it may do'):
+        export.export_pt2(
+            *(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.pt2'),
+            dynamic=dynamic,
+            decompose=False,
+        )
+
+
 def test_other_heads_are_refused():
     class Head(nn.Module):
         def forward(self, features):
@@ -362,6 +379,95 @@ def test_other_heads_are_refused():
     masks_alone.bbox_head = None
     with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
         Exported(masks_alone)
+
+
+class _Needs(nn.Module):
+    """A head of a transformer, which takes queries too."""
+
+    def forward(self, features, queries):
+        return features, features
+
+
+class _Two(nn.Module):
+    """A head with an output for training, as EncHead has one."""
+
+    def forward(self, features):
+        return features[0], features[0]
+
+
+@pytest.mark.parametrize(
+    'parts, message',
+    [
+        (dict(bbox_head=_Needs()), '_Needs does not take feature maps alone: '),
+        (dict(decode_head=_Needs()), '_Needs does not take feature maps alone: '),
+        # CascadeRPNHead has no forward: it predicts in stages
+        (dict(rpn_head=nn.Module()), 'Module does not take feature maps alone: '),
+        (dict(decode_head=_Two()), '_Two gives tuple, not one tensor of logits'),
+        (dict(head=_Two()), '_Two gives tuple, not one tensor of logits'),
+    ],
+)
+def test_heads_that_need_or_give_more_are_refused(parts, message, tmp_path):
+    model = nn.ModuleDict(parts)
+    model.extract_feat = lambda image: (image,)
+    with pytest.raises(UserError, match=f'{message}.*--backbone exports'):
+        Exported(model)(torch.randn(1, 3, 4, 4))
+    image, file = torch.randn(1, 3, 4, 4), tmp_path / 'model.pt2'
+    with pytest.raises(UserError, match=message):
+        export.export_pt2(Exported(model), image, file, dynamic=False, decompose=False)
+
+
+def test_models_without_head_or_backbone_are_refused():
+    model = nn.ModuleDict({'backbone': nn.Identity()})
+    model.head = None
+    with pytest.raises(UserError, match='is no classifier.*--backbone exports'):
+        Exported(model)
+    tracker = nn.ModuleDict({'detector': nn.Identity()})
+    with pytest.raises(UserError, match='two-stage detector[.]$'):
+        Exported(tracker)
+    with pytest.raises(UserError, match='--backbone: ModuleDict has no backbone'):
+        Exported(tracker, backbone=True)
+
+
+def _preprocessors() -> dict[str, tuple[type, str]]:
+    from mmdet.models import DetDataPreprocessor
+    from mmpretrain.models import ClsDataPreprocessor
+    from mmseg.models import SegDataPreProcessor
+
+    return dict(
+        mmdet=(DetDataPreprocessor, 'bgr_to_rgb'),
+        mmseg=(SegDataPreProcessor, 'bgr_to_rgb'),
+        mmpretrain=(ClsDataPreprocessor, 'to_rgb'),
+    )
+
+
+@pytest.mark.parametrize('toolbox', ['mmdet', 'mmseg', 'mmpretrain'])
+def test_metadata_is_that_of_the_preprocessor(toolbox):
+    kind, swap = _preprocessors()[toolbox]
+    model = nn.Module()
+    for given, swaps, mean, std in (
+        (dict(mean=[1, 2, 3], std=[4, 5, 6]), True, [1, 2, 3], [4, 5, 6]),
+        ({}, False, [0, 0, 0], [1, 1, 1]),
+    ):
+        model.data_preprocessor = kind(**given, **{swap: swaps})
+        about = export.metadata(model, ['a'], (5, 7))
+        about = {key: json.loads(value) for key, value in about.items()}
+        assert about['channel_order'] == ('RGB' if swaps else 'BGR')
+        assert (about['mean'], about['std']) == (mean, std)
+
+
+@pytest.mark.parametrize('mode', ['slide', 'whole'])
+def test_windows_of_a_segmenter_are_not_in_the_file(
+    mode, monkeypatch, tmp_path, capsys
+):
+    model = nn.ModuleDict({'decode_head': nn.Conv2d(3, 2, 1)})
+    model.extract_feat, model.align_corners = (lambda image: image), False
+    model.test_cfg = dict(mode=mode, crop_size=(64, 96), stride=(32, 48))
+    options = ['--shape', '8', '9', '--format', 'pt2']
+    out = tmp_path / 'model.pt2'
+    command(monkeypatch, model, '--out', out, *options, backbone=False)
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert ('tests images in windows' in printed) == (mode == 'slide')
+    assert ('windows of --shape 64 96' in printed) == (mode == 'slide')
 
 
 def test_zeros_equal_zeros():
