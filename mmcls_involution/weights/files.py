@@ -134,6 +134,29 @@ def checkpoint_files(work_dir: Path, cfg: Config | None = None) -> dict[Path, in
     return numbers
 
 
+def later_checkpoints(
+    start: Path, work_dir: Path, cfg: Config | None = None
+) -> list[Path]:
+    """The checkpoints of a training, the best ones too, of a higher number than one.
+
+    Args:
+        start (Path): That one.
+        work_dir, cfg: As of :func:`checkpoint_places`.
+    """
+    found = set()
+    for folder, template in checkpoint_places(work_dir, cfg):
+        own = r'(\d+)'.join(map(re.escape, re.split(r'\{.*?\}', template)))
+        name = re.compile(f'{own}|best_.*_{own.replace("/", "_")}')
+        numbers = {}
+        for file in [*checkpoint_files(work_dir, cfg), *folder.glob('best_*')]:
+            match = name.fullmatch(Path(os.path.relpath(file, folder)).as_posix())
+            if match and match.lastindex:
+                numbers[file] = int(match[match.lastindex])
+        began = [n for f, n in numbers.items() if f.resolve() == start.resolve()]
+        found |= {file for file, n in numbers.items() if began and n > began[0]}
+    return sorted(found)
+
+
 def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str | None:
     """The newest checkpoint of a training that loads in full, or None.
 
