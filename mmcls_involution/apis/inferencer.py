@@ -21,7 +21,7 @@ from mmcls_involution import models  # noqa: F401 (registers models and paddlecl
 from mmcls_involution.engine.config import read_config, shipped
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.paths import ROOT
-from mmcls_involution.weights.files import check_checkpoint
+from mmcls_involution.weights.files import check_checkpoint, meta_of
 from mmcls_involution.weights.fit import Fit
 
 # default_scope -> the visualizer of its Inferencer, where the config names none
@@ -180,7 +180,7 @@ def _load(model: Any, weights: str | None, name: str) -> dict[str, Any]:
         logger.setLevel(level)
         return {}
     fit = Fit(dict(model.named_parameters()))
-    meta = load_checkpoint(model, weights, 'cpu', logger='silent').get('meta') or {}
+    meta = meta_of(load_checkpoint(model, weights, 'cpu', logger='silent'))
     if kept := fit.empty:
         raise UserError(
             f'{weights} does not fit {name}: {len(kept)} of {len(fit.tensors)} '
@@ -188,9 +188,12 @@ def _load(model: Any, weights: str | None, name: str) -> dict[str, Any]:
             f'{", ..." if len(kept) > 5 else ""}. Use the config that the checkpoint '
             'was trained with.'
         )
-    found = meta.get('dataset_meta') or dict(classes=meta.get('CLASSES'))
-    found = {key.lower(): value for key, value in found.items()}
-    return found if found.get('classes') else {}
+    found = meta.get('dataset_meta')
+    if not found or not isinstance(found, dict):
+        found = dict(classes=meta.get('CLASSES'))
+    found = {str(key).lower(): value for key, value in found.items()}
+    classes = found.get('classes')
+    return found if classes and isinstance(classes, list | tuple) else {}
 
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from mmcv.transforms import BaseTransform
 from torch import Tensor, nn
 
 from mmcls_involution.apis.inferencer import (
@@ -203,7 +204,7 @@ def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.nd
     # Pillow resizes no numbers but those of 8 bits.
     steps = [
         step
-        for step in inferencer.pipeline.transforms
+        for step in _steps(inferencer.pipeline)
         if getattr(step, 'backend', None) == 'pillow'
     ]
     for step in steps:
@@ -223,6 +224,18 @@ def _source(inferencer: Any, image: np.ndarray, shape: tuple[int, int]) -> np.nd
             'OpenMMLab 2 does.'
         )
     return np.moveaxis(source[:2], 0, 2)
+
+
+def _steps(part: Any) -> Iterator[Any]:
+    """The transforms in a pipeline, those inside of others (RandomApply) too."""
+    if isinstance(part, dict):
+        part = [*part.values()]
+    if isinstance(part, (list, tuple)):
+        for item in part:
+            yield from _steps(item)
+    elif isinstance(part, BaseTransform) or hasattr(part, 'transforms'):
+        yield part
+        yield from _steps(vars(part))
 
 
 def draw_kernels(

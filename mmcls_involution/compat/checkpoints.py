@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 
+class NoCheckpoint(RuntimeError):
+    """A file is torn, or holds something else than weights."""
+
+
 def pickle_history_plainly() -> None:
     """Make the training checkpoints that MMEngine writes loadable weights-only.
 
@@ -81,7 +85,7 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
     Raises:
         FileNotFoundError: If there is no such file.
         pickle.UnpicklingError: If the file asks for code that weights do not need.
-        RuntimeError: If the file is torn or is not a checkpoint.
+        NoCheckpoint: If the file is torn or is not a checkpoint.
     """
     import torch
 
@@ -92,14 +96,25 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
         with torch.serialization.safe_globals(
             [(_history_statistic, 'builtins.getattr')]
         ):
-            return torch.load(path, map_location=map_location, weights_only=True)
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
         raise _refusal(filename, error) from None
     except (RuntimeError, EOFError, LookupError) as error:  # of text the last one
-        raise RuntimeError(
+        raise NoCheckpoint(
             f'{filename} is not a complete checkpoint: {error}. It may have been cut '
             'short by a full disk or a kill; use an earlier one.'
         ) from error
+    # MMEngine would end in an error of Python.
+    weights = content.get('state_dict', content) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or not all(isinstance(n, str) for n in weights):
+        found: Any = type(content if weights is None else weights)
+        if isinstance(weights, dict):
+            found = [name for name in weights if not isinstance(name, str)][:8]
+        raise NoCheckpoint(
+            f'{filename} holds no weights: expected a dict of tensors, by itself or '
+            f"under the key 'state_dict', found {found}"
+        )
+    return content
 
 
 def _load_url(stock: Callable[..., Any], url: str, **kwargs: Any) -> Any:

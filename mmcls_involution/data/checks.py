@@ -22,7 +22,7 @@ from mmengine.registry import DATASETS, METRICS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
-from mmcls_involution.data.rules import RULES, Files, Finding
+from mmcls_involution.data.rules import RULES, Files, Finding, together
 from mmcls_involution.engine.config import (
     dicts,
     is_called,
@@ -58,11 +58,14 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
         cfg (Config): The whole config.
         split (str): ``train``, ``val`` or ``test``.
     """
+    results = []
     for path, part in data_sets(cfg, split):
         found = list(check_quickly(cfg, path, part))
-        yield from found
         if not any(RULES[finding.rule].quick for finding in found):
-            yield from _check_sample(cfg, path, part)
+            found += _check_sample(cfg, path, part)
+        results.append(found)
+    for found in together(results):
+        yield from found
     name = f'{split}_evaluator'
     for path, evaluator in dicts(cfg.get(name), name):
         if is_local(evaluator, file := evaluator.get('ann_file')):
@@ -167,7 +170,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             classes,
             coco.reads_objects(cls),
             coco.uses_masks(cfg, split),
-            len(data_sets(cfg, split)) == 1,
+            split == 'train' and coco.reads_polygons_alone(dataset),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.

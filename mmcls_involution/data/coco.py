@@ -125,7 +125,7 @@ def check_quickly(
     classes: list[str],
     objects: bool,
     masks: bool,
-    alone: bool = True,
+    polygons: bool = False,
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photo.
 
@@ -136,7 +136,8 @@ def check_quickly(
         classes (list[str]): What the config says.
         objects (bool): Whether the annotations are objects in boxes.
         masks (bool): Whether their masks are trained or evaluated.
-        alone (bool): Whether the split has no other data set. Defaults to True.
+        polygons (bool): Whether masks of another form than polygons are not read.
+            Defaults to False.
     """
     try:
         content = read(ann_file)
@@ -156,7 +157,7 @@ def check_quickly(
         yield Finding('image folder', path, detail)
     if not objects:
         return
-    entries = Entries(content, classes, masks)
+    entries = Entries(content, classes, masks, polygons)
     trains = path.startswith('train')
     for finding in entries.found:
         rule = finding.rule
@@ -164,8 +165,6 @@ def check_quickly(
             # pycocotools takes 4 numbers for a box, and stops at fewer.
             rule = 'broken mask'
         yield replace(finding, rule=rule, file=str(ann_file))
-    if not content.annotations and not alone:
-        return  # photos of the background, or without labels, beside others
     yield from entries.check_use(str(ann_file), trains)
 
 
@@ -234,6 +233,7 @@ class Entries:
         content (Content): Of the file.
         classes (list[str]): Those of the config.
         masks (bool): Whether masks are trained or evaluated.
+        polygons (bool): Whether only those that are polygons. Defaults to False.
 
     Attributes:
         found (list[Finding]): What is wrong with single entries.
@@ -241,8 +241,15 @@ class Entries:
         unused (Counter): The others, by the reason.
     """
 
-    def __init__(self, content: Content, classes: list[str], masks: bool) -> None:
+    def __init__(
+        self,
+        content: Content,
+        classes: list[str],
+        masks: bool,
+        polygons: bool = False,
+    ) -> None:
         self.masks = masks
+        self.polygons = polygons
         self.classes = classes
         self.names = {c['id']: c['name'] for c in content.categories}
         self.sizes: dict[Any, tuple[str, tuple[float, float] | None]] = {}
@@ -374,6 +381,11 @@ class Entries:
                     if kind == 'outside'
                     else Finding('broken mask', place, detail)
                 )
+            elif reason is None and self.polygons and isinstance(mask, dict):
+                place = f'annotation {key} of {image}'
+                detail = 'a run-length code, no polygons'
+                self.found.append(Finding('run-length mask', place, detail))
+                reason = 'with a run-length mask, which poly2mask=False leaves out'
         return reason
 
     def _twin(self, number: Any) -> str:
@@ -394,9 +406,10 @@ class Entries:
             return
         if not self.usable:
             detail = f'none of its annotations can be trained on: {reasons}'
-            if not self.unused:
-                detail = 'it has no annotations'
-            yield Finding('nothing to train on', ann_file, detail)
+            lacks: frozenset[str] = frozenset()
+            if not self.unused:  # photos of the background, or without labels
+                detail, lacks = 'it has no annotations', frozenset(self.classes)
+            yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
             return
         named = [*self.names.values()]  # perhaps of lists
         empty = [c for c in self.classes if c in named and not self.usable[c]]
@@ -404,7 +417,9 @@ class Entries:
             detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
             if reasons:
                 detail += f'; annotations that are not used: {reasons}'
-            yield Finding('class without objects', ann_file, detail)
+            yield Finding(
+                'class without objects', ann_file, detail, lacks=frozenset(empty)
+            )
 
 
 def _reason(error: Exception) -> str:
@@ -474,6 +489,17 @@ def check_coco(dataset: Any, cfg: Config) -> tuple[list[Finding], list[Files]]:
         for name, size in entries.sizes.values()
         if size is not None
     ]
+
+
+def reads_polygons_alone(dataset: dict) -> bool:
+    """Whether its pipeline loads masks that are polygons, and no run-length codes.
+
+    MMDetection's LoadAnnotations takes the objects of the others for ignored ones.
+    """
+    return any(
+        step.get('with_mask') and not step.get('poly2mask', True)
+        for _, step in dicts(dataset.get('pipeline'))
+    )
 
 
 def uses_masks(cfg: Config, split: str) -> bool:

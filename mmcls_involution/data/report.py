@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from mmcls_involution.data.checks import check_in_full, data_sets
-from mmcls_involution.data.rules import RULES, Finding
+from mmcls_involution.data.rules import RULES, Finding, together
 from mmcls_involution.engine.config import add_cfg_options, check_output, read_config
 from mmcls_involution.engine.errors import UserError
 
@@ -77,6 +77,7 @@ def check(args: argparse.Namespace) -> int:
         parts = data_sets(cfg, split)
         if not parts:
             raise UserError(f'{args.config} has no data set in {split}_dataloader')
+        results = []
         for path, part in parts:
             content = str({k: v for k, v in part.items() if k != 'pipeline'})
             if content in seen:
@@ -84,7 +85,10 @@ def check(args: argparse.Namespace) -> int:
                 continue
             seen[content] = path
             found = check_in_full(cfg, path, part, args.workers)
-            report(found)
+            report([finding for finding in found if not finding.lacks])
+            results.append(found)
+        for found in together(results):
+            report([finding for finding in found if finding.lacks])
             lines += [f'{split}\t{f.rule}\t{f.place}\t{f.detail}' for f in found]
     if args.out:
         args.out.write_text(''.join(f'{line}\n' for line in lines))

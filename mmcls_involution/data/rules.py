@@ -6,7 +6,7 @@ The checks give a :class:`Finding` for each place where one is broken.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -163,6 +163,12 @@ _RULES = (
         warns=True,
     ),
     Rule(
+        'run-length mask',
+        'not trained, as the pipeline has poly2mask=False: set poly2mask=True in its '
+        'LoadAnnotations, or write polygons',
+        warns=True,
+    ),
+    Rule(
         'missing label',
         'training stops here; get it again, or take the image away',
         quick=True,
@@ -227,12 +233,15 @@ class Finding:
         detail (str): What exactly. Defaults to ''.
         file (str): The file that the place is in, for those who see no report of it.
             Defaults to '': the place says it.
+        lacks (frozenset[str]): The classes that a data set has nothing of, where that
+            is what is wrong: another one beside it may have them. Defaults to none.
     """
 
     rule: str
     place: str
     detail: str = ''
     file: str = ''
+    lacks: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ('place', 'detail', 'file'):
@@ -271,6 +280,17 @@ class Files:
     values: Values | None = None
     note: str = ''
     scale: tuple[int, int] | None = None
+
+
+def together(found: Sequence[list[Finding]]) -> list[list[Finding]]:
+    """Leave out what data sets lack, where others beside them have it.
+
+    Args:
+        found (Sequence[list[Finding]]): Of each data set of a split.
+    """
+    lacking = [frozenset().union(*(f.lacks for f in part)) for part in found]
+    by_all = frozenset.intersection(*lacking) if lacking else frozenset()
+    return [[f for f in part if not f.lacks or f.lacks == by_all] for part in found]
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:

@@ -67,10 +67,11 @@ class Values:
         ]
         if shares:
             detail += f'; ignored is {" and ".join(shares)}'
+        lacks = frozenset(empty)
         if few and trains:
-            yield Finding('one class alone', place, detail)
+            yield Finding('one class alone', place, detail, lacks=lacks)
         else:
-            yield Finding('class without pixels', place, detail)
+            yield Finding('class without pixels', place, detail, lacks=lacks)
 
 
 def label_values(dataset: Any, cfg: Config) -> Values:

@@ -21,6 +21,7 @@ from mmengine.registry import Registry
 from mmengine.runner import Runner
 
 from mmcls_involution import compat
+from mmcls_involution.compat.checkpoints import NoCheckpoint
 from mmcls_involution.weights.fit import Misfit
 
 
@@ -50,7 +51,7 @@ def one_message_per_error() -> Iterator[None]:
         return
     except KeyboardInterrupt:
         sys.exit('Interrupted; training goes on from its last checkpoint with --resume')
-    except (UserError, Misfit, pickle.UnpicklingError) as error:
+    except (UserError, Misfit, NoCheckpoint, pickle.UnpicklingError) as error:
         message = str(error)
     except ImportError as error:
         message = (

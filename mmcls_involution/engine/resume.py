@@ -18,6 +18,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import nn
 
 from mmcls_involution.engine.errors import UserError
+from mmcls_involution.weights.files import meta_of
 from mmcls_involution.weights.fit import Fit
 
 SHOWN = 5  # differences in a message
@@ -52,8 +53,8 @@ def check_resume(cfg: Config) -> None:
         checkpoint = CheckpointLoader.load_checkpoint(path, 'cpu', logger='silent')
     except RuntimeError as error:
         raise UserError(f'Cannot resume: {error}') from error
-    meta = checkpoint.get('meta') if isinstance(checkpoint, dict) else None
-    if not {'epoch', 'iter'} <= set(meta or {}) or 'message_hub' not in checkpoint:
+    meta = meta_of(checkpoint)
+    if not {'epoch', 'iter'} <= set(meta) or 'message_hub' not in checkpoint:
         raise UserError(
             f'Cannot resume {path}: it holds weights, and no state of a training. To '
             f'start from them: no --resume, and --cfg-options load_from={path}'

@@ -40,8 +40,10 @@ from mmcls_involution.weights.files import (
     check_checkpoint,
     checkpoint_files,
     checkpoint_places,
+    later_checkpoints,
     latest_checkpoint,
     starting_points,
+    write_text,
 )
 
 
@@ -147,7 +149,9 @@ def use_amp(cfg: Config, requested: bool) -> None:
 def set_aside_checkpoints(runner: Runner) -> None:
     """Move the checkpoints of an earlier run out of the way of this one.
 
-    A run that does not go on from its work dir would overwrite them one by one.
+    A run that does not go on from its work dir would overwrite them one by one; one
+    that goes back to an earlier of them, those after it, and until then --resume would
+    take the last of these.
     """
     work_dir = Path(runner.work_dir)
     files = {*checkpoint_files(work_dir, runner.cfg)}
@@ -163,21 +167,43 @@ def set_aside_checkpoints(runner: Runner) -> None:
         if not earlier.keys() & {file.parent.resolve(), file.resolve().parent}:
             continue
         if runner.cfg.get('resume'):
+            _set_aside_later(runner)
             return
         raise UserError(
             f"{key} is a checkpoint in this run's own work dir {file.parent}, which "
             'training would overwrite. Give another --work-dir, or go on with --resume.'
         )
     for folder, names in earlier.items():
-        aside = folder / time.strftime('earlier_%Y%m%d_%H%M%S')
-        aside.mkdir()
-        for file in (folder / name for name in [*names, 'last_checkpoint']):
-            if file.exists():
-                shutil.move(file, aside)
+        aside = _move(folder, [*names, 'last_checkpoint'])
         runner.logger.warning(
             f'{folder} holds the checkpoints of an earlier run: moved to {aside}. '
             '(To go on from them, use --resume.)'
         )
+
+
+def _set_aside_later(runner: Runner) -> None:
+    """Move the checkpoints out of the way that came after the one to go on from."""
+    work_dir, start = Path(runner.work_dir), Path(runner.cfg.load_from).expanduser()
+    later: dict[Path, list[str]] = defaultdict(list)
+    for file in later_checkpoints(start, work_dir, runner.cfg):
+        later[file.parent].append(file.name)
+    if later:
+        write_text(work_dir / 'last_checkpoint', str(start.absolute()))
+    for folder, names in later.items():
+        runner.logger.warning(
+            f'{", ".join(names)} came after {start.name}, from which this run goes on: '
+            f'moved to {_move(folder, names)}'
+        )
+
+
+def _move(folder: Path, names: list[str]) -> Path:
+    """Move files of a folder into a new one in it, which is returned."""
+    aside = folder / time.strftime('earlier_%Y%m%d_%H%M%S')
+    aside.mkdir()
+    for file in (folder / name for name in names):
+        if file.exists():
+            shutil.move(file, aside)
+    return aside
 
 
 def main(args: argparse.Namespace) -> None:

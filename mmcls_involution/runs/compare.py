@@ -42,6 +42,9 @@ class Run:
         seed: Of the training.
         recipe: Fingerprints of the config's parts that decide the training, and the
             number of processes.
+        portable: The same wherever the data lie; None where it is not on record.
+        weights: What the training started from, as far as that is on record.
+        data: Where its data were, as far as that is on record.
         scores: Of the test, as MMEngine names and scales them.
         log: Losses and validation scores, by iteration.
     """
@@ -50,8 +53,22 @@ class Run:
     name: str
     seed: int
     recipe: dict[str, Any]
+    portable: dict[str, Any] | None
+    weights: dict[str, str]
+    data: list[str]
     scores: dict[str, float]
     log: Log
+
+    def repeats(self, other: Run) -> bool:
+        """Whether it was trained as another run, but for the seed."""
+        for key in self.weights.keys() & other.weights.keys():
+            starts = {self.weights[key], other.weights[key]}
+            # by content; one file may have an address here and a path there
+            if len(starts) > 1 and all(start.startswith('sha256 ') for start in starts):
+                return False
+        if self.recipe == other.recipe:
+            return True
+        return self.portable is not None and self.portable == other.portable
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -70,6 +87,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         train, test = record['train'], record['test']
         changed, last = train['changed'], folder / train['finished']
         recipe = dict(**train['config'], processes=train['processes'])
+        portable = None
+        if 'recipe' in train:
+            portable = dict(**train['recipe'], processes=train['processes'])
+        weights, data = train.get('weights', {}), train.get('data', [])
         # '[NAME=VALUE ...] python -m mmcls_involution test CONFIG ...'; earlier ones
         # ran tools/test.py, or tools/dist_test.sh
         words = shlex.split(test['command'])
@@ -98,7 +119,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)
-    return Run(folder, name or config, seed, recipe, scores, log)
+    return Run(
+        *(folder, name or config, seed, recipe, portable, weights, data, scores, log)
+    )
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
@@ -110,7 +133,7 @@ def group(runs: list[Run]) -> dict[str, list[Run]]:
     configs: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         for other in configs[run.name]:
-            if other.recipe != run.recipe:
+            if not run.repeats(other):
                 raise UserError(
                     f'{other.folder} and {run.folder} have trained {run.name} with '
                     'different settings: they are no repetitions of one another. Name '
@@ -247,5 +270,12 @@ def main(args: argparse.Namespace) -> None:
             f'Expected one of {", ".join(METRICS)}.'
         )
     print(table(configs, keys))
+    for name, runs in configs.items():
+        places = sorted({', '.join(run.data) for run in runs if run.data})
+        if len(places) > 1:
+            print(
+                f'\nNote: {name} was trained on the data in {" and ".join(places)}: '
+                'its runs repeat one another if these are the same.'
+            )
     plot(configs, keys, args.out)
     print(f'\nWritten: {args.out}')

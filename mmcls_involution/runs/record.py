@@ -139,17 +139,36 @@ def pretrained(cfg: Config) -> dict[str, str]:
     return {key: identity(file) for key, file in files.items()}
 
 
-def digests(cfg: Config, keys: tuple[str, ...]) -> dict[str, str]:
+def data_roots(cfg: Config) -> list[str]:
+    """Where the data of a training lie."""
+    parts = (part for _, part in dicts(cfg.get('train_dataloader')))
+    return sorted({str(part['data_root']) for part in parts if part.get('data_root')})
+
+
+def digests(
+    cfg: Config, keys: tuple[str, ...], weights: dict[str, str] | None = None
+) -> dict[str, str]:
     """Fingerprints of parts of a config.
 
     Without what only changes the speed, and without the places of pre-trained weights,
     which :func:`pretrained` identifies.
+
+    Args:
+        cfg (Config): The config.
+        keys (tuple[str, ...]): Its parts.
+        weights (dict[str, str], optional): What :func:`pretrained` gives: for what is
+            the same on another machine, where ``load_from`` counts by its identity and
+            ``data_root`` not at all. Defaults to None.
     """
     speed = ('num_workers', 'persistent_workers', 'pin_memory')
     content, found = cfg.to_dict(), {}
     for _, part in dicts(content):
         if is_pretrained(part):
             part.pop('checkpoint', None)
+        if weights is not None:
+            part.pop('data_root', None)
+    if 'load_from' in (weights or {}):
+        content['load_from'] = weights['load_from']
     for key, part in content.items():
         if key in keys:
             if key.endswith('_dataloader'):

@@ -39,6 +39,7 @@ from mmcls_involution.runs.record import (
     TRAINING,
     Job,
     changed,
+    data_roots,
     digests,
     lock,
     pretrained,
@@ -224,12 +225,15 @@ def train(job: Job, start: str | None, descriptor: int) -> str:
         job, 'train', '--work-dir', job.work_dir, '--resume', options=seed
     )
     before = job.record.get('train', {})
+    # A resumed training reads them from its checkpoint.
+    weights = before.get('weights', {}) if start else pretrained(job.cfg)
     facts = dict(
         **provenance(job, command),
         processes=job.gpus or 1,
-        # A resumed training reads them from its checkpoint.
-        weights=before.get('weights', {}) if start else pretrained(job.cfg),
+        weights=weights,
         config=digests(job.cfg, TRAINING),
+        recipe=digests(job.cfg, TRAINING, weights),
+        data=data_roots(job.cfg),
         changed=sorted({*before.get('changed', []), *changed(job)}) if start else [],
     )
     job.remember('train', **facts)

@@ -79,10 +79,10 @@ def describe(weights: dict[str, Tensor]) -> str:
     sizes = {stages: depth for depth, stages in RedNet.arch_settings.items()}
     depth = sizes.get(tuple(numbers[stage] for stage in sorted(numbers)), '?')
     kernel, stem = '?', 'backbone.stem.1.conv{}.conv.weight'
-    if {stem.format(1), stem.format(2)} <= weights.keys():
+    shapes = [weights[n].shape for i in (1, 2) if (n := stem.format(i)) in weights]
+    if len(shapes) == 2 and all(len(shape) == 4 and 0 not in shape for shape in shapes):
         # K*K elements for each group of 16 channels
-        channels = weights[stem.format(1)].size(1)
-        kernel = round((weights[stem.format(2)].size(0) * 16 / channels) ** 0.5)
+        kernel = round((shapes[1][0] * 16 / shapes[0][1]) ** 0.5)
     parts = dict.fromkeys(name.split('.')[0] for name in weights)
     return f'RedNet-{depth}, stem_kernel_size {kernel}; {", ".join(parts)}'
 
@@ -218,11 +218,11 @@ def convert(src: Path, dst: Path, cfg: Config) -> None:
     if counters:
         print(f'        {counters} x num_batches_tracked was missing: set to 0')
 
-    meta = checkpoint.get('meta') or {}
+    meta = checkpoint.get('meta', {})
     classes = {
         new: plain(meta[old])
         for old, new in (('CLASSES', 'classes'), ('PALETTE', 'palette'))
-        if meta.get(old) is not None
+        if isinstance(meta.get(old), list | tuple)
     }
     published = dict(
         mmcls_involution_version=__version__,

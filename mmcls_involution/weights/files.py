@@ -134,6 +134,29 @@ def checkpoint_files(work_dir: Path, cfg: Config | None = None) -> dict[Path, in
     return numbers
 
 
+def later_checkpoints(
+    start: Path, work_dir: Path, cfg: Config | None = None
+) -> list[Path]:
+    """The checkpoints of a training, the best ones too, of a higher number than one.
+
+    Args:
+        start (Path): That one.
+        work_dir, cfg: As of :func:`checkpoint_places`.
+    """
+    found = set()
+    for folder, template in checkpoint_places(work_dir, cfg):
+        own = r'(\d+)'.join(map(re.escape, re.split(r'\{.*?\}', template)))
+        name = re.compile(f'{own}|best_.*_{own.replace("/", "_")}')
+        numbers = {}
+        for file in [*checkpoint_files(work_dir, cfg), *folder.glob('best_*')]:
+            match = name.fullmatch(Path(os.path.relpath(file, folder)).as_posix())
+            if match and match.lastindex:
+                numbers[file] = int(match[match.lastindex])
+        began = [n for f, n in numbers.items() if f.resolve() == start.resolve()]
+        found |= {file for file, n in numbers.items() if began and n > began[0]}
+    return sorted(found)
+
+
 def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str | None:
     """The newest checkpoint of a training that loads in full, or None.
 
@@ -214,7 +237,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
     Returns:
         dict: The file's content; a bare state dict is put under ``state_dict``. Its
-        names no longer begin with the ``module.`` of a parallel model.
+        names no longer begin with the ``module.`` of a parallel model. ``meta`` is
+        :func:`meta_of` it.
 
     Raises:
         UserError: If there is no such file, it is cut short, or it holds no weights.
@@ -226,23 +250,23 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint = CheckpointLoader.load_checkpoint(str(path), map_location='cpu')
     except RuntimeError as error:
         raise UserError(str(error)) from None
-    if isinstance(checkpoint, dict) and 'state_dict' not in checkpoint:
+    if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
-    weights = checkpoint['state_dict'] if isinstance(checkpoint, dict) else None
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        found = list(weights)[:8] if isinstance(weights, dict) else type(weights)
+    weights = checkpoint['state_dict']
+    if not weights or not all(isinstance(value, Tensor) for value in weights.values()):
         raise UserError(
             f'{path} holds no weights: expected a dict of tensors, by itself or under '
-            f"the key 'state_dict', found {found}"
+            f"the key 'state_dict', found {list(weights)[:8]}"
         )
     while all(name.startswith('module.') for name in weights):
         weights = {n.removeprefix('module.'): value for n, value in weights.items()}
-    checkpoint['state_dict'] = weights
-    return checkpoint
+    return {**checkpoint, 'state_dict': weights, 'meta': meta_of(checkpoint)}
+
+
+def meta_of(checkpoint: dict) -> dict[str, Any]:
+    """The meta data of a checkpoint; those that are no dict say nothing."""
+    meta = checkpoint.get('meta')
+    return meta if isinstance(meta, dict) else {}
 
 
 def read_meta(checkpoint: str) -> dict[str, Any]:
@@ -250,7 +274,7 @@ def read_meta(checkpoint: str) -> dict[str, Any]:
     if '://' in checkpoint:
         return {}
     content = CheckpointLoader.load_checkpoint(checkpoint, 'cpu', logger='silent')
-    meta = content.get('meta') or {}
+    meta = meta_of(content)
     return {key: meta[key] for key in ('epoch', 'iter', 'seed') if key in meta}
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch import Tensor
+
 from mmcls_involution import __version__
 from mmcls_involution.engine.config import check_output
 from mmcls_involution.engine.errors import UserError
@@ -58,8 +60,8 @@ def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
         # EMAHook swaps the two before it saves: here are the weights of training.
         trained = {
             name.removeprefix('module.'): value
-            for name, value in averaged.items()
-            if name.startswith('module.')
+            for name, value in (averaged if isinstance(averaged, dict) else {}).items()
+            if str(name).startswith('module.') and isinstance(value, Tensor)
         }
         if not trained or not trained.keys() <= weights.keys():
             raise UserError(
@@ -72,7 +74,7 @@ def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
     elif not ema:
         raise UserError(f'--no-ema: {in_file} has no ema_state_dict')
 
-    meta = plain(checkpoint.get('meta') or {})
+    meta = plain(checkpoint['meta'])
     meta['mmcls_involution_version'] = __version__
     stem = out_file.with_suffix('') if out_file.suffix == '.pth' else out_file
     # detached: a Parameter is not a plain tensor
@@ -86,7 +88,7 @@ def publish(in_file: Path, out_file: Path, ema: bool = True) -> Path:
         return final
 
     final = save(dict(meta=meta, state_dict=state), stem, by_content)
-    left_out = sorted(checkpoint.keys() - {'meta', 'state_dict'})
+    left_out = sorted(map(str, checkpoint.keys() - {'meta', 'state_dict'}))
     print(f'left out: {", ".join(left_out) or "nothing"}')
     print(f'{final}\nsha256 {sha256(final)}')
     return final

@@ -402,7 +402,8 @@ def test_a_work_dir_by_another_name(run, tmp_path, monkeypatch):
     assert run('../work', *MORE) == ''
     file = tmp_path / 'work' / 'epoch_4.pth'
     assert run(tmp_path / 'link', '--resume', file, *MORE[1:]) == ''
-    assert not [*(tmp_path / 'work').glob('earlier_*')]
+    aside = [file.name for file in (tmp_path / 'work').glob('earlier_*/*')]
+    assert aside == ['epoch_5.pth']  # which came after it
     message = run('../link', '--cfg-options', f'load_from={file}')
     assert 'own work dir' in message
 

@@ -396,6 +396,20 @@ def test_class_names_of_a_checkpoint(weights, monkeypatch, coco_root, tmp_path):
             assert built.model.dataset_meta['classes'] == ('cat', 'dog')
 
 
+@pytest.mark.parametrize(
+    'meta',
+    ['text', [1], dict(dataset_meta='text'), dict(dataset_meta=dict(classes=5))],
+    ids=str,
+)
+def test_odd_meta_data_name_no_classes(meta, weights, monkeypatch, cls_root, tmp_path):
+    monkeypatch.setenv('TINY_DATA', str(cls_root))
+    saved = torch.load(weights['classifier'], weights_only=True)
+    torch.save({**saved, 'meta': meta}, tmp_path / 'odd.pth')
+    built = build_inferencer(TINY / 'classifier.py', str(tmp_path / 'odd.pth'))
+    plain = build_inferencer(TINY / 'classifier.py', weights['classifier'])
+    assert built.classes == plain.classes
+
+
 def test_inputs_are_not_written_over(run, photos, tmp_path):
     photo = tmp_path / 'photo.jpg'
     content = (photos / 'odd.jpg').read_bytes()

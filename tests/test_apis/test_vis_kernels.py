@@ -100,6 +100,7 @@ def test_roi_heads_are_recorded_and_not_drawn(image):
     [
         *((kind, 'cv2') for kind in ('detector', 'segmenter', 'classifier')),
         ('classifier', 'pillow'),
+        ('classifier', 'pillow, inside'),
     ],
 )
 def test_points_are_found_after_resizing_and_cutting(
@@ -107,7 +108,11 @@ def test_points_are_found_after_resizing_and_cutting(
 ):
     cfg = tiny(kind, coco_root, monkeypatch)
     if kind == 'classifier':
-        resize = dict(type='ResizeEdge', scale=128, edge='short', backend=backend)
+        resize = dict(type='ResizeEdge', scale=128, edge='short')
+        resize['backend'], _, inside = backend.partition(', ')
+        if inside:
+            resize = dict(type='RandomChoice', transforms=[[resize]])
+            resize = dict(type='RandomApply', transforms=[resize], prob=1.0)
         cut = dict(type='CenterCrop', crop_size=112)
         cfg.test_dataloader.dataset.pipeline[1:1] = [resize, cut]
     inferencer = build_inferencer(cfg)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from mmcls_involution import compat
+from mmcls_involution.compat.checkpoints import NoCheckpoint
 
 torch = pytest.importorskip('torch')
 np = pytest.importorskip('numpy')
@@ -193,6 +194,22 @@ def test_missing_and_torn_files(tmp_path):
         (tmp_path / 'torn.pth').write_bytes(content)
         with pytest.raises(RuntimeError, match='torn.pth is not a complete checkpoint'):
             load(tmp_path / 'torn.pth')
+
+
+@pytest.mark.parametrize(
+    ('content', 'found'),
+    [
+        (3, "<class 'int'>"),
+        ([1, 2], "<class 'list'>"),
+        (dict(state_dict='weights'), "<class 'str'>"),
+        (dict(state_dict={1: 2}), r'\[1\]'),
+        ({1: 2}, r'\[1\]'),
+    ],
+)
+def test_what_holds_no_weights(content, found, tmp_path):
+    torch.save(content, tmp_path / 'odd.pth')
+    with pytest.raises(NoCheckpoint, match=f'odd.pth holds no weights: .* {found}$'):
+        load(tmp_path / 'odd.pth')
 
 
 def test_apply_twice_changes_nothing():

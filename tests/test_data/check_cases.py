@@ -46,6 +46,15 @@ val_dataloader = dict(dataset=dict(type='ImageNet', data_root='{root}', split='v
 )
 
 
+def beside(name: str, other: Path) -> str:
+    """One of CONFIGS whose data set stands beside another one, of another folder."""
+    return f"""{CONFIGS[name]}
+_inner = train_dataloader['dataset']
+train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[
+    _inner, dict(_inner, data_root={str(other)!r})]))
+"""
+
+
 def tear(path: Path, form: str) -> None:
     """Replace an image by one of the same content that lacks its last tenth."""
     content = cv2.imencode(form, cv2.imread(str(path)))[1].tobytes()

@@ -11,12 +11,13 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import pytest
-from check_cases import CONFIGS, edit, tear
+from check_cases import CONFIGS, beside, edit, tear
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from PIL import Image
 
 from mmcls_involution.data import checks, images
+from mmcls_involution.data.rules import RULES
 
 
 def annotation(**changes) -> Callable[[dict], None]:
@@ -123,12 +124,29 @@ def test_background_beside_a_set_with_objects(coco, run, tmp_path):
     """Photos without objects, or unlabelled ones, are one of several data sets."""
     background = shutil.copytree(coco, tmp_path / 'background')
     edit(background, lambda content: content['annotations'].clear())
-    text = f"""{CONFIGS['detector']}
-_inner = train_dataloader['dataset']
-train_dataloader = dict(dataset=dict(type='ConcatDataset', datasets=[
-    _inner, dict(_inner, data_root={str(background)!r})]))
-"""
+    text = beside('detector', background)
     assert run('detector', coco, text=text) == []
+    edit(coco, lambda content: content['annotations'].clear())
+    found = run('detector', coco, text=text)
+    assert [row[:2] for row in found] == [
+        ('nothing to train on', str(root / 'ann.json')) for root in (coco, background)
+    ]
+
+
+def test_class_of_a_set_beside_others(coco, run, tmp_path):
+    """What one lacks, another one may have."""
+    other = shutil.copytree(coco, tmp_path / 'other')
+    for root, category in ((coco, 1), (other, 2)):
+        edit(
+            root,
+            lambda content, category=category: content.update(
+                annotations=[
+                    a for a in content['annotations'] if a['category_id'] == category
+                ]
+            ),
+        )
+    assert [row[0] for row in run('detector', coco)] == ['class without objects']
+    assert run('detector', coco, text=beside('detector', other)) == []
 
 
 def test_class_without_objects_and_counts(coco, run, capsys):
@@ -143,6 +161,27 @@ def test_class_without_objects_and_counts(coco, run, capsys):
         'bar (1 of 2 classes); annotations that are not used: 4 with iscrowd=1'
     )
     assert 'objects by class: square 4, bar 0' in capsys.readouterr().out
+
+
+def test_run_length_masks_where_polygons_are_read(coco, run):
+    """MMDetection takes their objects for ignored ones; areas are so anyhow."""
+    code = dict(size=[64, 64], counts=[0, 4096])
+    edit(coco, annotation(segmentation=code))
+    edit(coco, lambda c: c['annotations'][0].update(segmentation=code, iscrowd=1))
+    step = 'train_dataloader.dataset.pipeline.0'
+    options = [f'{step}.with_mask=True', f'{step}.poly2mask=False']
+    assert run('detector', coco, *options[:1]) == []
+    ((rule, place, _),) = run('detector', coco, *options)
+    assert (rule, place) == ('run-length mask', 'annotation 2 of 0.png')
+    assert RULES[rule].warns and 'poly2mask=True' in RULES[rule].fix
+
+    edit(coco, lambda c: [a.update(segmentation=code) for a in c['annotations']])
+    (detail,) = (
+        row[2]
+        for row in run('detector', coco, *options)
+        if row[0] == 'nothing to train on'
+    )
+    assert '7 with a run-length mask, which poly2mask=False leaves out' in detail
 
 
 @pytest.mark.parametrize(

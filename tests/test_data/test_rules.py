@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from mmcls_involution import data
-from mmcls_involution.data.rules import RULES, Finding
+from mmcls_involution.data.rules import RULES, Finding, together
 
 SOURCES = [file.read_text() for file in Path(data.__file__).parent.glob('*.py')]
 
@@ -21,6 +21,22 @@ def test_every_rule_is_looked_for_and_every_finding_has_one():
 def test_every_rule_says_what_to_do():
     for rule in RULES.values():
         assert rule.fix and not rule.fix.endswith('.'), rule.name
+
+
+def test_what_data_sets_lack_together():
+    def lacking(classes: str) -> list[Finding]:
+        lacks = frozenset(classes)
+        return [Finding('class without pixels', classes, lacks=lacks)] if lacks else []
+
+    def left(*sets: str) -> list[str]:
+        found = together([lacking(classes) for classes in sets])
+        return [finding.place for part in found for finding in part]
+
+    assert left() == left('') == left('ab', '') == left('a', 'b') == []
+    assert left('a') == ['a'] and left('a', 'a') == ['a', 'a']
+    assert left('ab', 'a') == ['a']
+    other = Finding('no data', 'x')
+    assert together([[other], lacking('a')]) == [[other], []]
 
 
 def test_message_ends_with_what_to_do():

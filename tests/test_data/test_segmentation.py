@@ -7,8 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from check_cases import CONFIGS
+from check_cases import CONFIGS, beside
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
+
+from mmcls_involution.data import checks
 
 
 @pytest.fixture
@@ -133,6 +137,28 @@ def test_masks_with_one_class_alone(seg, run, values, options, detail):
     ((rule, place, text),) = run('segmenter', seg, *options)
     assert (rule, place) == ('one class alone', str(seg / 'labels'))
     assert text.startswith(detail)
+
+
+def test_one_class_beside_a_set_with_others(seg, run, tmp_path):
+    """Photos of the background stand beside others; all sets may not be such."""
+    background = shutil.copytree(seg, tmp_path / 'background')
+    for file in (background / 'labels').iterdir():
+        paint(file, [])
+    text = beside('segmenter', background)
+    quick = text.replace("img_suffix='.png'", "img_suffix='.png', pipeline=STEPS")
+    quick = f"STEPS = [dict(type='LoadAnnotations')]\n{quick}"
+    cfg = Config.fromstring(quick.replace('{root}', str(seg)), '.py')
+    init_default_scope('mmseg')
+    assert [row[0] for row in run('segmenter', background)] == ['one class alone']
+    assert run('segmenter', seg, text=text) == []
+    assert [*checks.check_split_quickly(cfg, 'train')] == []
+
+    for file in (seg / 'labels').iterdir():
+        paint(file, [])
+    expected = [('one class alone', str(root / 'labels')) for root in (seg, background)]
+    assert [row[:2] for row in run('segmenter', seg, text=text)] == expected
+    found = checks.check_split_quickly(cfg, 'train')
+    assert [(finding.rule, finding.place) for finding in found] == expected
 
 
 def test_class_without_pixels(seg, run, tmp_path):

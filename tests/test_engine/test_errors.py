@@ -9,6 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import Registry
 
+from mmcls_involution.compat.checkpoints import NoCheckpoint
 from mmcls_involution.engine.errors import UserError, one_message_per_error
 from mmcls_involution.weights.fit import Misfit
 
@@ -79,7 +80,7 @@ def test_upstream_is_as_before_afterwards():
     assert Registry.build is before
 
 
-@pytest.mark.parametrize('kind', [UserError, Misfit])
+@pytest.mark.parametrize('kind', [UserError, Misfit, NoCheckpoint])
 def test_what_the_user_can_put_right(kind):
     assert message_of(kind('the reason')) == 'Error: the reason'
 

@@ -17,6 +17,7 @@ from mmengine.config import Config
 
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.engine.train import set_aside_checkpoints
+from mmcls_involution.weights.files import latest_checkpoint
 
 
 @pytest.mark.parametrize('task', ['detector', 'segmenter', 'classifier'])
@@ -96,6 +97,35 @@ def test_checkpoints_by_any_name_are_kept(template, out, absolute, tmp_path):
     assert not last.exists() and not best.exists() and other.exists()
     kept = {file.read_text() for file in tmp_path.rglob('earlier_*/*')}
     assert kept == {last.name, best.name}
+
+
+@pytest.mark.parametrize('template', ['epoch_{}.pth', 'deep/e_{:03d}.pt'])
+def test_going_back_to_an_earlier_checkpoint(template, tmp_path):
+    """Those of after it would be resumed, were the run ended before its first save."""
+    names = [template.format(number) for number in (2, 3, 10)]
+    bests = [f'best_a_{name.replace("/", "_")}' for name in names]
+    for name in (*names, *bests):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        torch.save(dict(state_dict={}), tmp_path / name)
+    pointer = tmp_path / 'last_checkpoint'
+    pointer.write_text(str(tmp_path / names[2]))
+    cfg = Config(dict(model={}, default_hooks=dict(checkpoint={})))
+    cfg.default_hooks.checkpoint.filename_tmpl = template
+    cfg.resume, cfg.load_from = True, str(tmp_path / names[2])
+    runner = SimpleNamespace(
+        work_dir=str(tmp_path), cfg=cfg, logger=logging.getLogger()
+    )
+    set_aside_checkpoints(runner)
+    assert all((tmp_path / name).exists() for name in (*names, *bests))
+    cfg.load_from = str(tmp_path / names[1])
+    set_aside_checkpoints(runner)
+    there = {file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob('*.p*')}
+    assert {*names[:2], *bests[:2]} <= there
+    assert {Path(name).name for name in there if 'earlier_' in name} == {
+        Path(names[2]).name, bests[2]
+    }  # fmt: skip
+    assert pointer.read_text() == str(tmp_path / names[1])
+    assert latest_checkpoint(tmp_path, cfg) == tmp_path / names[1]
 
 
 def test_flags_come_before_options_before_config(tool, tmp_path, monkeypatch):

@@ -90,6 +90,42 @@ def test_settings_of_one_config_by_name(monkeypatch, tmp_path, capsys):
     assert second == '| lr 2 | 1 | 32.00 | +1.00 |'
 
 
+def remember(folder: Path, **facts: object) -> None:
+    """Change what is on record of a training."""
+    file = folder / 'report' / 'record.json'
+    record = json.loads(file.read_text())
+    record['train'].update(facts)
+    file.write_text(json.dumps(record))
+
+
+def test_data_in_another_folder(monkeypatch, tmp_path, capsys):
+    """The same recipe on two machines; an earlier record has no word of it."""
+    runs = [write_run(tmp_path / str(s), 'c', s, 30 + s, data=s) for s in (0, 1)]
+    for folder, place in zip(runs, ('/a/coco', '/b/coco'), strict=True):
+        with pytest.raises(SystemExit, match='with different settings'):
+            call(monkeypatch, *runs)
+        remember(folder, recipe=dict(model='x'), data=[place])
+    call(monkeypatch, *runs, '--out', tmp_path / 'p.png')
+    output = capsys.readouterr().out
+    assert '| c | 2 | 30.50 ±' in output
+    assert 'Note: c was trained on the data in /a/coco and /b/coco' in output
+    remember(runs[1], recipe=dict(model='y'))
+    with pytest.raises(SystemExit, match='with different settings'):
+        call(monkeypatch, *runs)
+
+
+def test_other_weights_to_start_from(monkeypatch, tmp_path):
+    """The config may name them by one path, or by an environment variable."""
+    runs = [write_run(tmp_path / str(s), 'c', s, 30 + s) for s in (0, 1)]
+    starts = 'sha256 1', 'https://host/a.pth', 'sha256 1', 'sha256 2'
+    for folder, start in zip(2 * runs, starts, strict=True):
+        remember(folder, weights={'model.backbone.init_cfg.checkpoint': start})
+        if start != 'sha256 2':
+            call(monkeypatch, *runs, '--out', tmp_path / 'p.png')
+    with pytest.raises(SystemExit, match='with different settings'):
+        call(monkeypatch, *runs)
+
+
 def test_called_from_another_folder_than_reproduce(tmp_path, monkeypatch):
     folder = write_run(tmp_path / 'runs' / '0', 'c', 0, 30)
     record = folder / 'report' / 'record.json'

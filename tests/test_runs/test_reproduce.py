@@ -448,6 +448,27 @@ def test_weights_to_start_from_are_on_record(tmp_path, monkeypatch):
     assert tool.digests(jobs[0].cfg, keys) != tool.digests(jobs[1].cfg, keys)
 
 
+def test_recipe_wherever_data_and_weights_lie():
+    from mmengine.config import Config
+
+    def cfg(root: str = '/a', file: str = 'ann.json', start: str = 'a.pth') -> Config:
+        data = dict(type='CocoDataset', data_root=root, ann_file=file)
+        data = dict(dataset=dict(type='RepeatDataset', dataset=data), num_workers=2)
+        return Config(dict(model={}, train_dataloader=data, load_from=start))
+
+    def recipe(sha: str = '1', **options: str) -> dict[str, str]:
+        return tool.digests(cfg(**options), tool.TRAINING, dict(load_from=sha))
+
+    assert recipe() == recipe(root='/b', start='b.pth')
+    assert recipe() != recipe(file='other.json') and recipe() != recipe('2')
+    # not identified: the path must do
+    a, b = (tool.digests(cfg(start=s), tool.TRAINING, {}) for s in ('a', 'b'))
+    assert a != b
+    plain = [tool.digests(cfg(root=root), tool.TRAINING) for root in ('/a', '/b')]
+    assert plain[0] != plain[1]
+    assert tool.data_roots(cfg()) == ['/a']
+
+
 def test_batch_of_another_recipe_is_named_before_training(tmp_path, monkeypatch):
     pytest.importorskip('mmdet')
     config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'

@@ -267,6 +267,25 @@ def test_files_without_weights(content, reason, config, command, tmp_path):
     assert re.search(reason, refused(command, tmp_path, content, config))
 
 
+@pytest.mark.parametrize(
+    'meta', [None, 'text', [1], 3, torch.zeros(3), dict(CLASSES='cat')], ids=str
+)
+def test_odd_meta_data(meta, weights, config, command, tmp_path):
+    src, dst = tmp_path / 'official.pth', tmp_path / 'ours.pth'
+    torch.save(dict(state_dict=weights, meta=meta), src)
+    assert command(CONVERTER, src, dst, '--config', config) == ''
+    result = load_anywhere(dst)
+    assert same(result['state_dict'], weights)
+    assert 'dataset_meta' not in result['meta']
+
+
+@pytest.mark.parametrize('shape', [(), (0,), (16, 0, 1, 1)])
+def test_stem_of_another_shape(shape, weights, config, command, tmp_path):
+    weights['backbone.stem.1.conv1.conv.weight'] = torch.zeros(shape)
+    message = refused(command, tmp_path, weights, config)
+    assert 'official.pth and ' in message and 'stem' in message
+
+
 def test_file_that_would_run_code(weights, config, command, tmp_path):
     message = refused(command, tmp_path, dict(state_dict=weights, meta=Bomb()), config)
     assert 'Refused to load' in message and 'system' in message

@@ -70,6 +70,26 @@ def test_publish_a_bare_state_dict(weights, command, tmp_path):
     assert same(load_anywhere(published(tmp_path))['state_dict'], weights)
 
 
+ODD_META = [None, 'text', [1, 2], 3, torch.zeros(3)]
+
+
+@pytest.mark.parametrize('meta', ODD_META, ids=str)
+def test_meta_data_that_are_no_dict(meta, weights, command, tmp_path):
+    content = {'state_dict': weights, 'meta': meta, 1: 2}
+    torch.save(content, tmp_path / 'odd.pth')
+    assert command('publish', tmp_path / 'odd.pth', tmp_path / 'small') == ''
+    result = load_anywhere(published(tmp_path))
+    assert same(result['state_dict'], weights)
+    assert [*result['meta']] == ['mmcls_involution_version']
+
+
+@pytest.mark.parametrize('averaged', ['text', [1], {1: torch.rand(1)}, {'module.a': 1}])
+def test_averaged_weights_that_are_none(averaged, weights, command, tmp_path):
+    torch.save(dict(state_dict=weights, ema_state_dict=averaged), tmp_path / 'odd.pth')
+    message = command('publish', tmp_path / 'odd.pth', tmp_path / 'small')
+    assert 'ema_state_dict is not of the model' in message
+
+
 @pytest.fixture
 def averaged(tmp_path) -> tuple[Path, Weights, Weights]:
     """A checkpoint that EMAHook wrote; the averaged weights and the trained ones."""
