@@ -290,7 +290,13 @@ def together(found: Sequence[list[Finding]]) -> list[list[Finding]]:
     """
     lacking = [frozenset().union(*(f.lacks for f in part)) for part in found]
     by_all = frozenset.intersection(*lacking) if lacking else frozenset()
-    return [[f for f in part if not f.lacks or f.lacks == by_all] for part in found]
+
+    def stays(finding: Finding) -> bool:
+        if RULES[finding.rule].quick:  # stops the run: only if all are as poor
+            return finding.lacks == by_all
+        return bool(finding.lacks & by_all)
+
+    return [[f for f in part if not f.lacks or stays(f)] for part in found]
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:

@@ -23,18 +23,26 @@ def test_every_rule_says_what_to_do():
         assert rule.fix and not rule.fix.endswith('.'), rule.name
 
 
-def test_what_data_sets_lack_together():
-    def lacking(classes: str) -> list[Finding]:
-        lacks = frozenset(classes)
-        return [Finding('class without pixels', classes, lacks=lacks)] if lacks else []
+def lacking(classes: str, rule: str = 'class without pixels') -> list[Finding]:
+    lacks = frozenset(classes)
+    return [Finding(rule, classes, lacks=lacks)] if lacks else []
 
+
+def places(*parts: list[Finding]) -> list[str]:
+    return [finding.place for part in together(parts) for finding in part]
+
+
+def test_what_data_sets_lack_together():
     def left(*sets: str) -> list[str]:
-        found = together([lacking(classes) for classes in sets])
-        return [finding.place for part in found for finding in part]
+        return places(*map(lacking, sets))
 
     assert left() == left('') == left('ab', '') == left('a', 'b') == []
     assert left('a') == ['a'] and left('a', 'a') == ['a', 'a']
-    assert left('ab', 'a') == ['a']
+    assert left('ab', 'ac') == ['ab', 'ac']
+    alone = lacking('ab', 'one class alone')
+    assert places(alone, lacking('ac', 'one class alone')) == []
+    assert places(alone, alone) == ['ab', 'ab']
+    assert places(alone, lacking('a')) == ['a']
     other = Finding('no data', 'x')
     assert together([[other], lacking('a')]) == [[other], []]
 
