@@ -234,6 +234,18 @@ def load(
     ]
 
 
+def _outputs(model: Exported, image: Tensor) -> tuple[Tensor, ...]:
+    try:
+        with torch.no_grad():
+            return model(image)
+    except RuntimeError as error:  # of a pool or convolution that nothing is left for
+        height, width = image.shape[2:]
+        raise UserError(
+            f'The model does not take an image of {height}x{width}: {error}. Give a '
+            'larger --shape; with --dynamic half its sides are tried too.'
+        ) from error
+
+
 def compare(
     model: Exported,
     run: Callable[[Tensor], list[Tensor]],
@@ -250,13 +262,12 @@ def compare(
             `model`, those, and height and width. Defaults to None: it has no more.
 
     Raises:
-        UserError: If it is above 1e-5, or a shape differs.
+        UserError: If it is above 1e-5, a shape differs, or an image is too small.
     """
     worst = 0.0
     for shape in shapes:
         image = torch.randn(shape)
-        with torch.no_grad():
-            expected = model(image)
+        expected = _outputs(model, image)
         try:
             found = run(image)
         except Exception as error:  # a runtime's own classes
@@ -392,7 +403,10 @@ def main(args: argparse.Namespace) -> None:
             f'test: give it windows of --shape {size}, and average where they overlap.',
             highlight=False,
         )
+    # Not with the model as it is written, in which batch norms are folded.
+    reference = Exported(toolbox_model, args.backbone, fold=False)
     image = torch.randn(2 if args.dynamic else 1, 3, *shape)
+    _outputs(reference, image)  # before the exporter says it in its words
     about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')
     try:
@@ -416,8 +430,6 @@ def main(args: argparse.Namespace) -> None:
                 (3, 3, height // 4 * 2 + 1, width // 2 + 7),
                 (1, 3, max(height - 1, 1), width // 4 * 2 + 3),
             ]
-        # Not with the model as it was written, in which batch norms are folded.
-        reference = Exported(toolbox_model, args.backbone, fold=False)
         run = load(partial, args.format, operator=args.operator)
         counts = []
 

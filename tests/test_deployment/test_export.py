@@ -346,6 +346,17 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
+@pytest.mark.parametrize('kernel, options', [(6, []), (4, ['--dynamic'])])
+def test_an_image_that_is_too_small_is_named(kernel, options, monkeypatch, tmp_path):
+    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, (kernel, 1)))})
+    with pytest.raises(UserError, match='not take an image of .x.*larger --shape'):
+        command(
+            *(monkeypatch, model, '--out', tmp_path / 'model.pt2'),
+            *('--format', 'pt2', *options),
+        )
+    assert [*tmp_path.iterdir()] == []
+
+
 @pytest.mark.parametrize('dynamic', [False, True])
 def test_what_torch_cannot_write_as_pt2_ends_in_one_message(dynamic, tmp_path):
     class Unknown(nn.Module):
