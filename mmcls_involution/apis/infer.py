@@ -332,7 +332,13 @@ def main(args: argparse.Namespace) -> None:
     """The command ``infer``."""
     if args.batch_size < 1:
         raise UserError(f'--batch-size must be at least 1, got {args.batch_size}.')
-    files, out_dir = find_files(args.inputs), Path(args.out_dir)
+    out_dir = Path(args.out_dir)
+    if (name := _text(str(out_dir))) != str(out_dir):
+        raise UserError(
+            f'--out-dir: {name} is no UTF-8, and OpenCV cannot write there: name '
+            'another folder.'
+        )
+    files = find_files(args.inputs)
     _keep(files, out_dir)
     inferencer = build_inferencer(args.config, args.weights, args.device)
     out_dir.mkdir(parents=True, exist_ok=True)

@@ -311,6 +311,11 @@ def test_names_that_are_no_text(run, photos, tmp_path, capsys):
     assert 'clip\\udce9.mp4 has a name that is no UTF-8' in printed
 
 
+def test_an_output_folder_that_is_no_text_is_refused(run, photos):
+    with pytest.raises(UserError, match='--out-dir: caf.udce9 is no UTF-8'):
+        run('classifier', photos / 'odd.jpg', out_dir='caf\udce9')
+
+
 def test_classes_without_names_are_counted_in_cascades_too():
     shown = {}
     visualizer = SimpleNamespace(set_dataset_meta=lambda **meta: shown.update(meta))
