@@ -41,7 +41,7 @@ NOT_RUN = {
     r'python tools/(infer|visualizations/vis_kernels)\.py': 'test_apis',
     r'python -m mmcls_involution (infer|kernels|web)': 'test_apis',
     r'python -m mmcls_involution export': 'test_deployment',
-    r'python -m mmcls_involution publish': 'test_weights/test_convert.py',
+    r'python -m mmcls_involution publish': 'test_weights/test_publish.py',
     r'tensorboard --logdir': 'serves until it is stopped',
     r'python tools/model_converters/': 'test_weights/test_convert.py',
     r'python (tools/check_dataset\.py|-m mmcls_involution check)': 'test_data',
