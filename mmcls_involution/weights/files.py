@@ -143,12 +143,12 @@ def later_checkpoints(
         start (Path): That one.
         work_dir, cfg: As of :func:`checkpoint_places`.
     """
-    found = set()
+    found, files = set(), checkpoint_files(work_dir, cfg)
     for folder, template in checkpoint_places(work_dir, cfg):
         own = r'(\d+)'.join(map(re.escape, re.split(r'\{.*?\}', template)))
         name = re.compile(f'{own}|best_.*_{own.replace("/", "_")}')
         numbers = {}
-        for file in [*checkpoint_files(work_dir, cfg), *folder.glob('best_*')]:
+        for file in [*files, *folder.glob('best_*')]:
             match = name.fullmatch(Path(os.path.relpath(file, folder)).as_posix())
             if match and match.lastindex:
                 numbers[file] = int(match[match.lastindex])

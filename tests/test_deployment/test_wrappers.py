@@ -1,0 +1,76 @@
+"""Which models are exported, and what is said of the others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmcls_involution.deployment import export
+from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.engine.errors import UserError
+
+
+def test_other_heads_are_refused():
+    class Head(nn.Module):
+        def forward(self, features):
+            return features, features, features  # the third may be how central it is
+
+    model = nn.ModuleDict({'bbox_head': Head()})
+    model.extract_feat = lambda image: (image,)
+    with pytest.raises(UserError, match='Head gives 3 kinds of maps'):
+        Exported(model)(torch.randn(1, 3, 4, 4))
+    cascade = nn.ModuleDict({'decode_head': nn.ModuleList()})
+    with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
+        Exported(cascade)
+    masks_alone = nn.ModuleDict({'mask_head': Head()})  # as SOLO is
+    masks_alone.bbox_head = None
+    with pytest.raises(UserError, match='is no classifier, encoder-decoder segmenter'):
+        Exported(masks_alone)
+
+
+class _Needs(nn.Module):
+    """A head of a transformer, which takes queries too."""
+
+    def forward(self, features, queries):
+        return features, features
+
+
+class _Two(nn.Module):
+    """A head with an output for training, as EncHead has one."""
+
+    def forward(self, features):
+        return features[0], features[0]
+
+
+@pytest.mark.parametrize(
+    'parts, message',
+    [
+        (dict(bbox_head=_Needs()), '_Needs does not take feature maps alone: '),
+        (dict(decode_head=_Needs()), '_Needs does not take feature maps alone: '),
+        # CascadeRPNHead has no forward: it predicts in stages
+        (dict(rpn_head=nn.Module()), 'Module does not take feature maps alone: '),
+        (dict(decode_head=_Two()), '_Two gives tuple, not one tensor of logits'),
+        (dict(head=_Two()), '_Two gives tuple, not one tensor of logits'),
+    ],
+)
+def test_heads_that_need_or_give_more_are_refused(parts, message, tmp_path):
+    model = nn.ModuleDict(parts)
+    model.extract_feat = lambda image: (image,)
+    with pytest.raises(UserError, match=f'{message}.*--backbone exports'):
+        Exported(model)(torch.randn(1, 3, 4, 4))
+    image, file = torch.randn(1, 3, 4, 4), tmp_path / 'model.pt2'
+    with pytest.raises(UserError, match=message):
+        export.export_pt2(Exported(model), image, file, dynamic=False, decompose=False)
+
+
+def test_models_without_head_or_backbone_are_refused():
+    model = nn.ModuleDict({'backbone': nn.Identity()})
+    model.head = None
+    with pytest.raises(UserError, match='is no classifier.*--backbone exports'):
+        Exported(model)
+    tracker = nn.ModuleDict({'detector': nn.Identity()})
+    with pytest.raises(UserError, match='two-stage detector[.]$'):
+        Exported(tracker)
+    with pytest.raises(UserError, match='--backbone: ModuleDict has no backbone'):
+        Exported(tracker, backbone=True)
