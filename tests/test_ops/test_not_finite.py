@@ -16,11 +16,13 @@ from mmcls_involution.ops import fused_involution2d as fused
 from mmcls_involution.ops.backends import triton_kernels
 from mmcls_involution.ops.backends.contract import Problem
 
-# Groups of 3 channels, which fill no block; kernel, stride, padding, dilation.
+# Groups of 3 channels, which fill no block, but for the wide one; kernel, stride,
+# padding, dilation.
 CASES = {
     'stride 1': ((1, 6, 5, 6), 2, (3, 3), 1, 1, 1),
     'stride 2': ((1, 6, 7, 6), 2, (3, 3), 2, 1, 1),
     'stride 2, 7x7': ((1, 3, 6, 5), 1, (7, 7), 2, 3, 1),
+    'stride 1, 7x7, wide': ((1, 16, 3, 14), 1, (7, 7), 1, 3, 1),
     'stride 3, dilated': ((1, 3, 7, 8), 1, (3, 3), 3, 2, 2),
 }
 case = pytest.mark.parametrize('problem', CASES.values(), ids=CASES)

@@ -25,36 +25,54 @@ namespace ISA {
 
 // ---- inner loops
 
-// Pixels that are summed at once: sums that do not wait for each other.
-constexpr int kPixels = 8;
+// Pixels that are summed at once, so that sums do not wait for each other: of the two
+// numbers the one that divides a row better. 14 divides the feature maps of 224 pixels.
+constexpr int kPixels = 8, kMorePixels = 14;
+
+// Pixels whose kernels are held at once, in the nearest caches, and the distance of their
+// taps. As a constant it is part of the instructions; compilers kept the places of 56
+// kernels in memory otherwise. See `spread`.
+constexpr int64_t kHeldPixels = 256, kTapStride = kHeldPixels + 16;
+
+// Stores sums, and adds zeros to `zeros`, or NaN where a sum is not finite.
+template <int N, int P, class A>
+__attribute__((always_inline))
+inline void store_sums(const Vector<A, N> (&sum)[P], A *out, int64_t out_stride, A *zeros) {
+  Vector<A, N> added = load<N>(zeros);
+  unroll<P>([&](auto i) {
+    store<N>(out + i() * out_stride, sum[i()]);
+    added += sum[i()] * A(0);
+  });
+  store<N>(zeros, added);
+}
 
 // out[pixel][0:N] = sum over t of kernels[t][pixel] * source[pixel * step + offset[t] + 0:N]
-template <int N, class A>
+template <int N, int P, class A>
 inline void sum_taps(const A *source, int64_t step, const int64_t *offset, int64_t taps,
-                     const A *kernels, int64_t kernel_stride, A *out, int64_t out_stride) {
-  Vector<A, N> sum[kPixels] = {};
-  for (int64_t t = 0; t < taps; ++t, kernels += kernel_stride)
-    for (int i = 0; i < kPixels; ++i)
+                     const A *kernels, A *out, int64_t out_stride, A *zeros) {
+  Vector<A, N> sum[P] = {};
+  for (int64_t t = 0; t < taps; ++t, kernels += kTapStride)
+    for (int i = 0; i < P; ++i)
       sum[i] += kernels[i] * load<N>(source + i * step + offset[t]);
-  for (int i = 0; i < kPixels; ++i) store<N>(out + i * out_stride, sum[i]);
+  store_sums<N>(sum, out, out_stride, zeros);
 }
 
 // The same for rows of K taps side by side and pixels S apart: each source is loaded once
 // for all the pixels that read it.
-template <int N, int K, int S, class A>
+template <int N, int P, int K, int S, class A>
 inline void sum_rows_of_taps(const A *source, int64_t channels, const int64_t *offset,
-                             int64_t taps, const A *kernels, int64_t kernel_stride, A *out,
-                             int64_t out_stride) {
-  Vector<A, N> sum[kPixels] = {};
-  for (int64_t t = 0; t < taps; t += K, kernels += K * kernel_stride)
-    unroll<(kPixels - 1) * S + K>([&](auto column) {
-      const Vector<A, N> x = load<N>(source + offset[t] + column() * channels);
-      unroll<kPixels>([&](auto i) {
+                             int64_t taps, const A *kernels, A *out, int64_t out_stride,
+                             A *zeros) {
+  Vector<A, N> sum[P] = {};
+  for (int64_t t = 0; t < taps; t += K, kernels += K * kTapStride)
+    unroll<(P - 1) * S + K>([&](auto column) {
+      const Vector<A, N> x = load_once<N>(source + offset[t] + column() * channels);
+      unroll<P>([&](auto i) {
         constexpr int v = column() - i() * S;
-        if constexpr (v >= 0 && v < K) sum[i()] += kernels[v * kernel_stride + i()] * x;
+        if constexpr (v >= 0 && v < K) sum[i()] += kernels[v * kTapStride + i()] * x;
       });
     });
-  for (int i = 0; i < kPixels; ++i) store<N>(out + i * out_stride, sum[i]);
+  store_sums<N>(sum, out, out_stride, zeros);
 }
 
 // sum[t][0:N] (+)= sum over c of grad[c][0:N] * source[c][offset[t] + 0:N]
@@ -99,6 +117,7 @@ template <class A> struct Scratch {
   PlanarWindow<A> planes;
   Buffer<A> kernels, out, grad, sum, reduced, bias, converted_span;
   Buffer<int64_t> offset;
+  A zeros[kLanes<A>] = {};  // NaN once a sum over taps was not finite
   const A *span;  // the part of the span convolution that belongs to a group
   int64_t reduced_pixels = -1;  // the tile whose reduced map is in `reduced`
 };
@@ -163,20 +182,20 @@ int64_t tile_count(Operation operation, const Problem &p) {
 
 // Sums over taps at s.offset, for `rows` x `columns` pixels that are `row_step` and
 // `column_step` apart in the window from `source` on: out[pixel][channel] from
-// s.kernels[tap][stride pixels]. The window has kPixels columns or more. Where there are
+// s.kernels[tap][kTapStride pixels]. The window has kPixels columns or more. Where there are
 // fewer columns or channels than vectors have, `out` is written beyond its end.
 template <class A>
 void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step,
-                int64_t column_step, int64_t row_of_taps, int64_t taps, int64_t stride,
-                int64_t channels, Scratch<A> &s, A *out, int64_t out_row,
-                int64_t out_column) {
+                int64_t column_step, int64_t row_of_taps, int64_t taps, int64_t channels,
+                Scratch<A> &s, A *out, int64_t out_row, int64_t out_column) {
   constexpr int N = kLanes<A>;
-  const auto sum_all = [&](auto &&sum_some) {
+  const int64_t *offset = s.offset.data;
+  const auto sum_all = [&](auto pixels, auto &&sum_some) {
     for (int64_t i = 0; i < rows; ++i)
-      for (int64_t j = 0; j < columns; j += kPixels) {
+      for (int64_t j = 0; j < columns; j += pixels()) {
         // The last pixels are moved left, or reach beyond the row: what they overwrite
         // there is written after them.
-        const int64_t column = max(min(j, columns - kPixels), 0);
+        const int64_t column = max(min(j, columns - pixels()), 0);
         const A *from = source + i * row_step + column * column_step;
         const A *kernels = s.kernels.data + i * columns + column;
         A *to = out + i * out_row + column * out_column;
@@ -185,47 +204,55 @@ void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step
         });
       }
   };
-  const int64_t *offset = s.offset.data;
-  const auto rows_of_taps = [&](auto k, auto step) {
-    sum_all([&](auto n, const A *from, const A *kernels, A *to) {
-      if constexpr (n() == N)
-        sum_rows_of_taps<N, k(), step()>(from, channels, offset, taps, kernels, stride, to,
-                                         out_column);
-      else sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
-    });
+  const auto sum = [&](auto pixels) {
+    const auto rows_of_taps = [&](auto k, auto step) {
+      sum_all(pixels, [&](auto n, const A *from, const A *kernels, A *to) {
+        if constexpr (n() == N)
+          sum_rows_of_taps<N, pixels(), k(), step()>(from, channels, offset, taps, kernels,
+                                                     to, out_column, s.zeros);
+        else
+          sum_taps<n(), pixels()>(from, column_step, offset, taps, kernels, to, out_column,
+                                  s.zeros);
+      });
+    };
+    const int64_t step = column_step / channels;
+    if (row_of_taps == 3 && step == 1) rows_of_taps(Constant<3>{}, Constant<1>{});
+    else if (row_of_taps == 7 && step == 1) rows_of_taps(Constant<7>{}, Constant<1>{});
+    else if (row_of_taps == 7 && step == 2) rows_of_taps(Constant<7>{}, Constant<2>{});
+    else
+      sum_all(pixels, [&](auto n, const A *from, const A *kernels, A *to) {
+        sum_taps<n(), pixels()>(from, column_step, offset, taps, kernels, to, out_column,
+                                s.zeros);
+      });
   };
-  const int64_t step = column_step / channels;
-  if (row_of_taps == 3 && step == 1) rows_of_taps(Constant<3>{}, Constant<1>{});
-  else if (row_of_taps == 7 && step == 1) rows_of_taps(Constant<7>{}, Constant<1>{});
-  else if (row_of_taps == 7 && step == 2) rows_of_taps(Constant<7>{}, Constant<2>{});
-  else
-    sum_all([&](auto n, const A *from, const A *kernels, A *to) {
-      sum_taps<n()>(from, column_step, offset, taps, kernels, stride, to, out_column);
-    });
+  const auto computed = [&](int64_t pixels) { return ceil_div(columns, pixels) * pixels; };
+  if (columns >= kMorePixels && computed(kMorePixels) <= computed(kPixels))
+    sum(Constant<kMorePixels>{});
+  else sum(Constant<kPixels>{});
 }
 
-// Rows of a tile whose kernels are held at once, about 256 pixels' in the nearest caches. A
-// power of two: where it can be, the first pixel of each is aligned.
+// Rows of a tile whose kernels are held at once. A power of two: where it can be, the first
+// pixel of each is aligned.
 inline int64_t rows_at_once(int64_t columns) {
   int64_t rows = 1;
-  while (rows * 2 * columns <= 256) rows *= 2;
+  while (rows * 2 * columns <= kHeldPixels) rows *= 2;
   return rows;
 }
 
-// Reads the kernels of `rows` rows of a tile from `row` on, as [taps][stride] pixels.
+// Reads the kernels of `rows` rows of a tile from `row` on, as [taps][kTapStride] pixels.
 template <class A, class T>
 void read_kernels(const Problem &p, const Tile &tile, const T *weight, int64_t row,
-                  int64_t rows, int64_t stride, A *to) {
+                  int64_t rows, A *to) {
   const int64_t taps = p.kernel[0] * p.kernel[1], plane = p.output[0] * p.output[1];
   const int64_t at = row * p.output[1] + tile.column, columns = tile.columns();
   if (p.channels_last) {
     weight += ((tile.image * plane + at) * p.groups + tile.group) * taps;
     for (int64_t i = 0; i < rows; ++i, weight += p.output[1] * p.groups * taps)
-      transpose<A>(weight, columns, taps, p.groups * taps, to + i * columns, stride);
+      transpose<A>(weight, columns, taps, p.groups * taps, to + i * columns, kTapStride);
     return;
   }
   weight += (tile.image * p.groups + tile.group) * taps * plane + at;
-  for (int64_t t = 0; t < taps; ++t, weight += plane, to += stride) {
+  for (int64_t t = 0; t < taps; ++t, weight += plane, to += kTapStride) {
     if (columns == p.output[1]) copy<A>(weight, rows * columns, to);
     else
       for (int64_t i = 0; i < rows; ++i)
@@ -269,7 +296,7 @@ bool read_generator(const Problem &p, const Tile &tile, const Tensors<T> &t, int
 // The 1x1 convolution that spans kernels, for `count` pixels from `first` on.
 template <class A>
 void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t reduced_stride,
-                      int64_t stride, Scratch<A> &s) {
+                      Scratch<A> &s) {
   constexpr int N = kLanes<A>;
   const int64_t taps = p.kernel[0] * p.kernel[1];
   // As many sums as the registers hold beside their factors; neither 3 x 3 nor 7 x 7 taps
@@ -278,47 +305,36 @@ void generate_kernels(const Problem &p, int64_t first, int64_t count, int64_t re
     for_blocks<5, 4, 1>(taps, [&](int64_t t, auto block) {
       span_kernels<N, block(), some()>(s.span + t * p.reduced, s.bias.data + t, p.reduced,
                                        s.reduced.data + first + i * N, reduced_stride,
-                                       s.kernels.data + t * stride + i * N, stride);
+                                       s.kernels.data + t * kTapStride + i * N, kTapStride);
     });
   };
   if constexpr (BYTES == 64) for_blocks<4, 2, 1>(ceil_div(count, N), vectors);
   else for_blocks<2, 1>(ceil_div(count, N), vectors);
 }
 
-// Whether all is finite of `count` values, `step` apart for each of the columns of rows.
+// Whether all is finite of rows of `count` values.
 template <class A>
-bool finite(const A *from, int64_t rows, int64_t row_step, int64_t columns, int64_t step,
-            int64_t count) {
-  if (step == count && row_step == columns * count) {  // one long run
-    count *= rows * columns;
-    rows = columns = 1;
-  }
-  constexpr int N = kLanes<A>, kSums = 4;  // that do not wait for each other
-  Vector<A, N> sum[kSums] = {};  // NaN as soon as anything is not finite
+bool finite(const A *from, int64_t rows, int64_t row_length, int64_t count) {
+  constexpr int N = kLanes<A>;
+  Vector<A, N> sum = {};  // NaN as soon as anything is not finite
   A rest = 0;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t q = 0; q < columns; ++q) {
-      const A *at = from + r * row_step + q * step;
-      int64_t i = 0;
-      for (; i + kSums * N <= count; i += kSums * N)
-        for (int k = 0; k < kSums; ++k) sum[k] += load<N>(at + i + k * N) * A(0);
-      for (; i + N <= count; i += N) sum[q % kSums] += load<N>(at + i) * A(0);
-      for (; i < count; ++i) rest += at[i] * A(0);
-    }
-  A lanes[N];
-  for (int k = 0; k < kSums; ++k) {
-    store<N>(lanes, sum[k]);
-    for (int i = 0; i < N; ++i) rest += lanes[i];
+  for (int64_t r = 0; r < rows; ++r, from += row_length) {
+    int64_t i = 0;
+    for (; i + N <= count; i += N) sum += load<N>(from + i) * A(0);
+    for (; i < count; ++i) rest += from[i] * A(0);
   }
+  A lanes[N];
+  store<N>(lanes, sum);
+  for (int i = 0; i < N; ++i) rest += lanes[i];
   return rest == 0;
 }
 
-// Zero for taps outside the image, of kernels or their gradient as [taps][stride] pixels: a
+// Zero for taps outside the image, of kernels or their gradient, [taps][kTapStride] pixels: a
 // tap that meets no pixel has no part in anything, were its value infinite, and zeros of the
 // scratch times infinities are NaN. Returns whether there is such a tap.
 template <class A>
 bool clear_outside(const Problem &p, const Tile &tile, int64_t row, int64_t rows,
-                   int64_t stride, A *kernels) {
+                   A *kernels) {
   const int64_t columns = tile.columns();
   const Area area = tile.input(p, 0);
   if (area.top >= 0 && area.top + area.rows <= p.input[0] && area.left >= 0 &&
@@ -329,7 +345,7 @@ bool clear_outside(const Problem &p, const Tile &tile, int64_t row, int64_t rows
     const int64_t begin = min(ceil_div(max(-x, 0), step), columns);
     const int64_t end = max(min(ceil_div(max(p.input[1] - x, 0), step), columns), begin);
     for (int64_t u = 0; u < p.kernel[0]; ++u) {
-      A *to = kernels + (u * p.kernel[1] + v) * stride;
+      A *to = kernels + (u * p.kernel[1] + v) * kTapStride;
       for (int64_t i = 0; i < rows; ++i, to += columns) {
         const int64_t y = (row + i) * p.stride[0] - p.padding[0] + u * p.dilation[0];
         if (y < 0 || y >= p.input[0]) zero(to, columns);
@@ -349,11 +365,11 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
-  const int64_t step = rows_at_once(columns), stride = spread(step * columns);
+  const int64_t step = rows_at_once(columns);
   const int64_t reduced_stride = spread(tile.rows() * columns);
   if (!s.window.fill(channels_of(tile, p, p.input, tensors.first), channels,
                      p.channels_last ? p.channels : 0, p.input, tile.input(p, kPixels)) ||
-      !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
+      !s.offset.reserve(taps) || !s.kernels.reserve(taps * kTapStride) ||
       !s.out.reserve((step * columns + kPixels) * channels) ||
       (p.reduced && !read_generator(p, tile, tensors, reduced_stride, s)))
     return false;
@@ -366,20 +382,22 @@ bool forward(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     const int64_t rows = min(step, tile.row_end - row);
     const int64_t row_step = p.stride[0] * s.window.row_length;
     if (p.reduced)
-      generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, stride, s);
-    else read_kernels(p, tile, tensors.second, row, rows, stride, s.kernels.data);
+      generate_kernels(p, (row - tile.row) * columns, rows * columns, reduced_stride, s);
+    else read_kernels(p, tile, tensors.second, row, rows, s.kernels.data);
     const int64_t at = row * p.output[1] + tile.column;
     T *out = channels_of(tile, p, p.output, tensors.out);
     const auto sum_once = [&](A *to, int64_t to_row, int64_t to_column) {
       sum_pixels(s.window.buffer.data + (row - tile.row) * row_step, rows, columns, row_step,
-                 p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, stride,
-                 channels, s, to, to_row, to_column);
+                 p.stride[1] * channels, p.dilation[1] == 1 ? p.kernel[1] : 0, taps, channels,
+                 s, to, to_row, to_column);
     };
     // Clearing the kernels beforehand would take as long as some of the taps.
     const auto sum_to = [&](A *to, int64_t to_row, int64_t to_column) {
+      zero(s.zeros, kLanes<A>);
       sum_once(to, to_row, to_column);
-      if (!finite(to, rows, to_row, columns, to_column, channels) &&
-          clear_outside(p, tile, row, rows, stride, s.kernels.data))
+      bool all_finite = true;
+      for (A lane : s.zeros) all_finite &= lane == 0;
+      if (!all_finite && clear_outside(p, tile, row, rows, s.kernels.data))
         sum_once(to, to_row, to_column);
     };
     if constexpr (std::is_same<T, A>::value)
@@ -410,14 +428,14 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   using A = Accumulation<T>;
   const int64_t channels = p.channels / p.groups, taps = p.kernel[0] * p.kernel[1];
   const int64_t plane = p.output[0] * p.output[1], columns = tile.columns();
-  const int64_t step = rows_at_once(columns), stride = spread(step * columns);
+  const int64_t step = rows_at_once(columns);
   // Vectors reach beyond rows that are shorter.
   const int64_t reach = max(columns, kLanes<A>);
   if (!s.planes.fill(channels_of(tile, p, p.input, tensors.second), channels,
                      p.channels_last ? p.channels : 0, p.input, tile.input(p, kLanes<A>),
                      p.stride[1]) ||
       !s.offset.reserve(taps) || !s.grad.reserve(channels * reach) ||
-      !s.sum.reserve(taps * kLanes<A>) || !s.kernels.reserve(taps * stride))
+      !s.sum.reserve(taps * kLanes<A>) || !s.kernels.reserve(taps * kTapStride))
     return false;
   for (int64_t u = 0, t = 0; u < p.kernel[0]; ++u)
     for (int64_t v = 0; v < p.kernel[1]; ++v)
@@ -438,7 +456,7 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
       else
         for (int64_t c = 0; c < channels; ++c)
           copy<A>(grad + c * plane + at, columns, s.grad.data + c * reach);
-      all_finite &= finite(s.grad.data, 1, 0, channels, reach, columns);
+      all_finite &= finite(s.grad.data, channels, reach, columns);
       for_vectors<A>(columns, [&](int64_t j, auto n, int64_t lanes) {
         constexpr int kBlock = BYTES == 64 ? 16 : 8;  // half of the vector registers
         for_blocks<kBlock, 4, 1>(channels, [&](int64_t c, auto block) {
@@ -447,15 +465,15 @@ bool grad_weight(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
                                      reach, s.offset.data, taps, s.sum.data, c == 0);
         });
         for (int64_t t = 0; t < taps; ++t)
-          store_some<n(), A>(s.kernels.data + t * stride + i * columns + j,
+          store_some<n(), A>(s.kernels.data + t * kTapStride + i * columns + j,
                              load<n()>(s.sum.data + t * n()), lanes);
       });
     }
-    if (!all_finite) clear_outside(p, tile, row, rows, stride, s.kernels.data);
+    if (!all_finite) clear_outside(p, tile, row, rows, s.kernels.data);
     // Longer runs than a vector, for the sake of the memory.
     for (int64_t t = 0; t < taps; ++t)
       for (int64_t i = 0; i < rows; ++i)
-        copy<A>(s.kernels.data + t * stride + i * columns, columns,
+        copy<A>(s.kernels.data + t * kTapStride + i * columns, columns,
                 out + t * plane + (row + i) * p.output[1] + tile.column);
   }
   return true;
@@ -495,11 +513,11 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
   const int64_t bottom = last_output(0, tile.row_end - 1);
   const int64_t right =
       last_output(1, max(tile.column_end, tile.column + kPixels * p.stride[1]) - 1);
-  const int64_t step = rows_at_once(tile.columns()), stride = spread(step * tile.columns());
+  const int64_t step = rows_at_once(tile.columns());
   if (!s.window.fill(channels_of(tile, p, p.output, tensors.first), channels,
                      p.channels_last ? p.channels : 0, p.output,
                      {top, bottom + 1 - top, left, right + 1 - left}) ||
-      !s.offset.reserve(taps) || !s.kernels.reserve(taps * stride + kPixels) ||
+      !s.offset.reserve(taps) || !s.kernels.reserve(taps * kTapStride) ||
       !s.out.reserve((step * tile.columns() + kPixels) * channels))
     return false;
 
@@ -518,7 +536,7 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
         const int64_t begin = min(max(-j, 0), count);
         const int64_t end = max(min(p.output[1] - j, count), begin);
         const T *from = weight + (u * p.kernel[1] + v) * plane + i * p.output[1] + j;
-        A *to = s.kernels.data + reaching * stride;
+        A *to = s.kernels.data + reaching * kTapStride;
         for (int64_t r = 0; r < rows; ++r, from += p.output[1], to += count) {
           if (i + r < 0 || i + r >= p.output[0] || begin == end) {
             zero(to, count);
@@ -533,7 +551,7 @@ bool grad_input(const Problem &p, const Tile &tile, const Tensors<T> &tensors,
     }
     const bool whole_rows = p.stride[1] == 1 && p.dilation[1] == 1;
     sum_pixels(s.window.buffer.data, rows, count, s.window.row_length, channels,
-               whole_rows ? p.kernel[1] : 0, reaching, stride, channels, s, s.out.data,
+               whole_rows ? p.kernel[1] : 0, reaching, channels, s, s.out.data,
                count * channels, channels);
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t y = (row + r) * p.stride[0] + down.phase - p.padding[0];

@@ -55,6 +55,13 @@ template <int N> inline Vector<float, N> load(const float *from) {
   return read<Vector<float, N>>(from);
 }
 
+// A load that compilers keep in a register. Others they repeat for each of several uses,
+// to save an instruction, where it is loads that take the time.
+template <int N, class T> inline Vector<T, N> load_once(const T *from) {
+  typedef T V __attribute__((vector_size(N * sizeof(T)), aligned(sizeof(T)), may_alias));
+  return *reinterpret_cast<const volatile V *>(from);
+}
+
 template <int N> inline Vector<float, N> load(const BFloat *from) {
   return bits_as<Vector<float, N>>(Vector<uint32_t, N>(read_16_bits<N>(from) << 16));
 }
@@ -111,11 +118,13 @@ template <int I> using Constant = std::integral_constant<int, I>;
 
 template <class A> constexpr int kLanes = BYTES / int(sizeof(A));
 
-// Calls f(Constant<0>), f(Constant<1>), ...
-template <class F, int... I> inline void unroll(F &&f, std::integer_sequence<int, I...>) {
+// Calls f(Constant<0>), f(Constant<1>), ... Inlined whatever its size: what f refers to
+// stays in registers.
+template <class F, int... I>
+__attribute__((always_inline)) inline void unroll(F &&f, std::integer_sequence<int, I...>) {
   (f(Constant<I>{}), ...);
 }
-template <int Count, class F> inline void unroll(F &&f) {
+template <int Count, class F> __attribute__((always_inline)) inline void unroll(F &&f) {
   unroll(f, std::make_integer_sequence<int, Count>{});
 }
 
