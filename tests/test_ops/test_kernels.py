@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from mmcls_involution.ops import Involution2d, involution2d, record_kernels
 from mmcls_involution.ops.modules import GENERATORS
@@ -99,6 +100,16 @@ def test_gradients_where_statistics_are_fixed(training):
     with record_kernels(model) as kernels:
         sum(output.sum() for output in model([x, x])).backward()
     assert not kernels['head'][0].requires_grad
+
+
+@pytest.mark.parametrize('use_reentrant', [True, False])
+def test_a_checkpointed_layer_is_recorded_once(use_reentrant):
+    model = Shared()
+    x = torch.rand(1, 16, 4, 4, requires_grad=True)
+    with record_kernels(model) as kernels:
+        checkpoint(model.head, x, use_reentrant=use_reentrant).sum().backward()
+        model.head(x)
+    assert len(kernels['head']) == 2
 
 
 def test_the_fused_path_stays(monkeypatch):
