@@ -27,7 +27,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
 from mmcls_involution.deployment.boxes import BOXES, WithBoxes, check_boxes
-from mmcls_involution.deployment.nodes import BOXES_OPSET, symbolics, translations
+from mmcls_involution.deployment.nodes import BOXES_OPSET, LOWEST_OPSET, translations
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.config import (
@@ -53,8 +53,8 @@ from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
 
 TOLERANCE = 1e-5  # of the largest value of an output
-# What torch's exporters write; below 13 ONNX lacks what involution needs.
-OPSETS = {'torchscript': (13, 20), 'dynamo': (18, 23)}
+# What torch's exporters write.
+OPSETS = {'torchscript': (LOWEST_OPSET, 20), 'dynamo': (18, 23)}
 
 
 def need(*packages: str) -> None:
@@ -114,7 +114,9 @@ def export_onnx(
             options['dynamic_axes'] = {'image': axes} | {
                 name: model.axes(name) for name in names
             }
-    kept = standard.kept() if exporter == 'dynamo' else symbolics(operator, opset)
+    # TorchScript's exporter sees the standard form, the other one is given it.
+    seen = exporter == 'torchscript' and operator == 'standard'
+    kept = nullcontext() if seen else standard.kept()
     with _silent(), kept:
         try:
             if exporter == 'dynamo':
