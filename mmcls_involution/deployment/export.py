@@ -89,9 +89,11 @@ def export_onnx(
         file (Path): Where to.
         dynamic (bool): Whether N, H and W may be others. Defaults to False.
         opset (int): Of ONNX's operators. Defaults to 18.
-        exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two.
+        exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two. Defaults to
+            ``'torchscript'``.
         operator (str): ``'standard'``, or ``'custom'`` for this package's own, which
-            :func:`register_custom_operators` makes known to ONNX Runtime.
+            :func:`register_custom_operators` makes known to ONNX Runtime. Defaults to
+            ``'standard'``.
 
     Raises:
         UserError: If torch cannot write the model.
@@ -211,7 +213,7 @@ def load(
         file (Path): From :func:`export_onnx` or :func:`export_pt2`.
         form (str): ``'onnx'`` or ``'pt2'``.
         threads (int): Of ONNX Runtime; 0 for its default. Defaults to 0.
-        operator (str): See :func:`export_onnx`.
+        operator (str): See :func:`export_onnx`. Defaults to ``'standard'``.
     """
     if form == 'pt2':
         module = torch.export.load(file).module()
@@ -462,8 +464,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     if args.format == 'onnx':
         exporter = args.exporter = args.exporter or 'torchscript'
         opset = args.opset = 18 if args.opset is None else args.opset
-        custom = args.operator == 'custom'
-        lowest, highest = OPSETS[args.exporter]
+        lowest, highest = OPSETS[exporter]
         lowest = max(lowest, BOXES_OPSET) if args.boxes else lowest
         if not lowest <= opset <= highest:
             raise UserError(
@@ -471,7 +472,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
                 f'{" with --boxes" if args.boxes else ""}.'
             )
         need('onnx', 'onnxruntime', *['onnxscript'] * (exporter == 'dynamo'))
-        if custom:
+        if args.operator == 'custom':
             import onnxruntime
 
             register_custom_operators(onnxruntime.SessionOptions())
