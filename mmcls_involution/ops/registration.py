@@ -247,9 +247,7 @@ def _fused_involution2d(
     refuse_forward_mode('fused_involution2d')
     arguments = (stride, padding, dilation)
     shape = check_fused(input, reduced, weight, bias, kernel_size, *arguments)
-    problem = Problem.of(
-        'fused_forward', input, input.shape, shape, *arguments, reduced=reduced.shape[1]
-    )
+    problem = Problem.of('fused_forward', input, input.shape, shape, *arguments)
     kernels = choose_fused(backend, problem)
     tensors = (input, reduced, weight, bias)
     if kernels is None:
@@ -288,14 +286,7 @@ def fused_backward(
     arguments = (stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
     shape = (len(input), len(weight) // taps, *kernel_size, *grad.shape[2:])
-    problem = Problem.of(
-        'fused_backward',
-        input,
-        input.shape,
-        shape,
-        *arguments,
-        reduced=reduced.shape[1],
-    )
+    problem = Problem.of('fused_backward', input, input.shape, shape, *arguments)
     kernels = choose_fused(backend, problem)
     if kernels is None:
         grads = tiled.backward(backend, *tensors, shape, *arguments, needed)
