@@ -36,8 +36,9 @@ def find_config(name: str) -> tuple[str, str | None]:
     """The config file that a name means, and the weights that the hub has for it.
 
     Args:
-        name: Path of a config; or, of one that comes with this package, the file's name
-            or the model's name in its metafile, such as ``rednet50_3rdparty_in1k``.
+        name (str): Path of a config; or, of one that comes with this package, the
+            file's name or the model's name in its metafile, such as
+            ``rednet50_3rdparty_in1k``.
 
     Raises:
         UserError: If there is none; the message names those that are close.
@@ -94,7 +95,8 @@ def build_inferencer(
         device (str, optional): Such as ``'cpu'`` or ``'cuda:0'``. Defaults to None: a
             GPU where there is one.
         cfg_options (dict, optional): Settings that override those of a config that is
-            read here, such as ``{'model.test_cfg.rcnn.score_thr': 0.3}``.
+            read here, such as ``{'model.test_cfg.rcnn.score_thr': 0.3}``. Defaults to
+            None.
 
     Returns:
         mmdet.apis.DetInferencer | mmseg.apis.MMSegInferencer |

@@ -27,7 +27,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from torch import Tensor
 from mmcls_involution.apis.inferencer import build_inferencer, class_names
 from mmcls_involution.console import console
 from mmcls_involution.deployment.boxes import BOXES, WithBoxes, check_boxes
-from mmcls_involution.deployment.nodes import BOXES_OPSET, symbolics, translations
+from mmcls_involution.deployment.nodes import BOXES_OPSET, LOWEST_OPSET, translations
 from mmcls_involution.deployment.runtime import register_custom_operators
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.config import (
@@ -53,8 +53,8 @@ from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
 
 TOLERANCE = 1e-5  # of the largest value of an output
-# What torch's exporters write; below 13 ONNX lacks what involution needs.
-OPSETS = {'torchscript': (13, 20), 'dynamo': (18, 23)}
+# What torch's exporters write.
+OPSETS = {'torchscript': (LOWEST_OPSET, 20), 'dynamo': (18, 23)}
 
 
 def need(*packages: str) -> None:
@@ -89,9 +89,11 @@ def export_onnx(
         file (Path): Where to.
         dynamic (bool): Whether N, H and W may be others. Defaults to False.
         opset (int): Of ONNX's operators. Defaults to 18.
-        exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two.
+        exporter (str): ``'torchscript'`` or ``'dynamo'``, torch's two. Defaults to
+            ``'torchscript'``.
         operator (str): ``'standard'``, or ``'custom'`` for this package's own, which
-            :func:`register_custom_operators` makes known to ONNX Runtime.
+            :func:`register_custom_operators` makes known to ONNX Runtime. Defaults to
+            ``'standard'``.
 
     Raises:
         UserError: If torch cannot write the model.
@@ -114,7 +116,9 @@ def export_onnx(
             options['dynamic_axes'] = {'image': axes} | {
                 name: model.axes(name) for name in names
             }
-    kept = standard.kept() if exporter == 'dynamo' else symbolics(operator, opset)
+    # TorchScript's exporter sees the standard form, the other one is given it.
+    seen = exporter == 'torchscript' and operator == 'standard'
+    kept = nullcontext() if seen else standard.kept()
     with _silent(), kept:
         try:
             if exporter == 'dynamo':
@@ -209,7 +213,7 @@ def load(
         file (Path): From :func:`export_onnx` or :func:`export_pt2`.
         form (str): ``'onnx'`` or ``'pt2'``.
         threads (int): Of ONNX Runtime; 0 for its default. Defaults to 0.
-        operator (str): See :func:`export_onnx`.
+        operator (str): See :func:`export_onnx`. Defaults to ``'standard'``.
     """
     if form == 'pt2':
         module = torch.export.load(file).module()
@@ -460,8 +464,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
     if args.format == 'onnx':
         exporter = args.exporter = args.exporter or 'torchscript'
         opset = args.opset = 18 if args.opset is None else args.opset
-        custom = args.operator == 'custom'
-        lowest, highest = OPSETS[args.exporter]
+        lowest, highest = OPSETS[exporter]
         lowest = max(lowest, BOXES_OPSET) if args.boxes else lowest
         if not lowest <= opset <= highest:
             raise UserError(
@@ -469,7 +472,7 @@ def _check(args: argparse.Namespace, out: Path) -> None:
                 f'{" with --boxes" if args.boxes else ""}.'
             )
         need('onnx', 'onnxruntime', *['onnxscript'] * (exporter == 'dynamo'))
-        if custom:
+        if args.operator == 'custom':
             import onnxruntime
 
             register_custom_operators(onnxruntime.SessionOptions())

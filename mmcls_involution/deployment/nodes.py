@@ -8,8 +8,7 @@ has one node of each.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from torch.onnx import symbolic_helper
 
 from mmcls_involution.deployment import translation
-from mmcls_involution.ops import standard
 
+LOWEST_OPSET = 13  # below it ONNX lacks what involution needs
 BOXES_OPSET = 16  # the first whose RoiAlign has aligned boxes
 ALL = 2**31 - 1  # boxes that NonMaxSuppression may leave
 
@@ -41,26 +40,8 @@ NODES = {
 # Involution ---------------------------------------------------------------------------
 
 
-@contextmanager
-def symbolics(operator: str, opset: int) -> Iterator[None]:
-    """Have TorchScript's exporter write involution in one of its two forms.
-
-    Args:
-        operator (str): ``'standard'``, or ``'custom'`` for nodes of our own.
-        opset (int): Of ONNX's operators.
-    """
-    if operator == 'standard':
-        yield
-        return
-    for name in NODES:
-        torch.onnx.register_custom_op_symbolic(
-            f'mmcls_involution::{name}', _symbolic(name), opset
-        )
-    with standard.kept():
-        yield
-
-
 def _symbolic(operator: str) -> Callable[..., Any]:
+    """What TorchScript's exporter writes an operator with, where it is kept."""
     name, inputs, keys = NODES[operator]
 
     def write(g: Any, *arguments: Any) -> Any:
@@ -254,10 +235,9 @@ def _translate_roi_align(
     return op.RoiAlign(feature, boxes, image, **attributes)
 
 
-for _name, _write in (
-    ('non_max_suppression', _write_suppression),
-    ('roi_align', _write_roi_align),
+for _name, _write, _opset in (
+    *((name, _symbolic(name), LOWEST_OPSET) for name in NODES),
+    ('non_max_suppression', _write_suppression, BOXES_OPSET),
+    ('roi_align', _write_roi_align, BOXES_OPSET),
 ):
-    torch.onnx.register_custom_op_symbolic(
-        f'mmcls_involution::{_name}', _write, BOXES_OPSET
-    )
+    torch.onnx.register_custom_op_symbolic(f'mmcls_involution::{_name}', _write, _opset)

@@ -1,8 +1,8 @@
 """Importing this package registers every model in MMEngine's root registry.
 
 It also names the classifiers in MMPretrain's model hub, and lets MMEngine's loader know
-the weights at ``paddleclas://``. The parts for a library that is
-not installed are left out.
+the weights at ``paddleclas://``. The parts for a library that is not installed are left
+out.
 """
 
 from importlib.util import find_spec

@@ -64,6 +64,11 @@ def record_kernels(
     }
 
     def record(layer: Involution2d, args: tuple, kwargs: dict) -> None:
+        # A backward pass runs a checkpointed layer again, which is no call of its own.
+        # Compilers cannot trace the question, and run no module again.
+        compiling = torch.compiler.is_compiling()
+        if not compiling and torch._C._current_graph_task_id() != -1:
+            return
         with torch.no_grad(), CopiesOfBuffers(layer):
             kernels[names[layer]].append(layer.kernels(*args, **kwargs))
 

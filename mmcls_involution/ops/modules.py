@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -228,7 +229,7 @@ class Involution2d(nn.Module):
         check_input(x, self.channels)
         options = self._options()
         if 'query' in GENERATORS[self.generator]:
-            return involution2d(self.value(x), self._relate(x, options), **options)
+            return involution2d(self.value(x), self._relate(x), **options)
         reduced = self.conv1(self.avgpool(x))
         span = self._plain_span()
         if span is not None:
@@ -260,7 +261,7 @@ class Involution2d(nn.Module):
         """
         check_input(x, self.channels)
         if 'query' in GENERATORS[self.generator]:
-            return self._relate(x, self._options())
+            return self._relate(x)
         return self._unflatten(self.conv2(self.conv1(self.avgpool(x))))
 
     def _options(self) -> dict:
@@ -303,14 +304,15 @@ class Involution2d(nn.Module):
         groups = self.channels // self.group_channels
         return kernels.unflatten(1, (groups, self.kernel_size, self.kernel_size))
 
-    def _relate(self, x: Tensor, options: dict) -> Tensor:
+    def _relate(self, x: Tensor) -> Tensor:
         """Kernels from queries, keys and positions."""
+        options = self._options()
         query = self.query(self.avgpool(x)) * self.group_channels**-0.5
         positions = self._unflatten(self.position(query))
         logits = _add_products(positions, query, self.key(x), **options)
         if self.generator == 'dot_product':
             return logits
-        logits = _mask_outside(logits, x, **options)
+        logits = _mask_outside(logits, x, self.kernel_size, **options)
         return self._unflatten(logits.flatten(2, 3).softmax(2).flatten(1, 2))
 
     def extra_repr(self) -> str:
@@ -342,32 +344,19 @@ def _add_products(
 
 
 def _mask_outside(
-    logits: Tensor, x: Tensor, stride: int, padding: int, dilation: int, **_
-) -> Tensor:
-    """`logits` [N, G, K, K, Ho, Wo], minus infinity for taps outside the image `x`."""
-    kernel_size = logits.shape[2]
-    rows, columns = (
-        _inside(size, out, kernel_size, stride, padding, dilation, x.device)
-        for size, out in zip(x.shape[2:], logits.shape[4:], strict=True)
-    )
-    inside = rows[:, None, :, None] & columns[:, None]
-    # The middle tap is always inside.
-    return logits.masked_fill(~inside, -torch.inf)
-
-
-def _inside(
-    size: int,
-    out: int,
+    logits: Tensor,
+    x: Tensor,
     kernel_size: int,
     stride: int,
     padding: int,
     dilation: int,
-    device: torch.device,
+    **_,
 ) -> Tensor:
-    """Whether a tap lies in the image, along one of its sides: [K, out]."""
-    taps = torch.arange(kernel_size, device=device) * dilation - padding
-    pixels = torch.arange(out, device=device) * stride + taps[:, None]
-    return (pixels >= 0) & (pixels < size)
+    """`logits` [N, G, K, K, Ho, Wo], minus infinity for taps outside the image `x`."""
+    image = x.new_ones(1, 1, *x.shape[2:])
+    inside = F.unfold(image, kernel_size, dilation, padding, stride) > 0
+    # The middle tap is always inside.
+    return logits.masked_fill(~inside.view(logits.shape[2:]), -torch.inf)
 
 
 def hooked(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ each one's derivative is written with the other two.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Optional
@@ -224,9 +225,8 @@ def _flops(first_shape, second_shape, *arguments, out_shape, **kwargs) -> int:
     """Two FLOPs per multiply-add, as torch counts convolutions."""
     shapes = (first_shape, second_shape, out_shape)
     (kernels,) = (shape for shape in shapes if len(shape) == 6)
-    _, groups, kh, kw, ho, wo = kernels
-    n, c = first_shape[:2] if len(first_shape) == 4 else out_shape[:2]
-    return 2 * n * c * kh * kw * ho * wo
+    n, c = first_shape[:2]  # of pixels, in all three
+    return 2 * n * c * math.prod(kernels[2:])
 
 
 # The fused operator.
@@ -247,9 +247,7 @@ def _fused_involution2d(
     refuse_forward_mode('fused_involution2d')
     arguments = (stride, padding, dilation)
     shape = check_fused(input, reduced, weight, bias, kernel_size, *arguments)
-    problem = Problem.of(
-        'fused_forward', input, input.shape, shape, *arguments, reduced=reduced.shape[1]
-    )
+    problem = Problem.of('fused_forward', input, input.shape, shape, *arguments)
     kernels = choose_fused(backend, problem)
     tensors = (input, reduced, weight, bias)
     if kernels is None:
@@ -288,14 +286,7 @@ def fused_backward(
     arguments = (stride, padding, dilation)
     taps = kernel_size[0] * kernel_size[1]
     shape = (len(input), len(weight) // taps, *kernel_size, *grad.shape[2:])
-    problem = Problem.of(
-        'fused_backward',
-        input,
-        input.shape,
-        shape,
-        *arguments,
-        reduced=reduced.shape[1],
-    )
+    problem = Problem.of('fused_backward', input, input.shape, shape, *arguments)
     kernels = choose_fused(backend, problem)
     if kernels is None:
         grads = tiled.backward(backend, *tensors, shape, *arguments, needed)

@@ -14,8 +14,6 @@ from mmengine.runner import Runner
 from mmcls_involution.apis import WatchHook, watch
 from mmcls_involution.ops import record_kernels
 
-TINY = Path(__file__).parents[1] / 'tiny'
-DATA = dict(detector='coco_root', segmenter='seg_root', classifier='cls_root')
 # what validates twice
 TWICE = dict(
     detector='train_cfg.max_epochs=2',
@@ -27,14 +25,12 @@ TENSORBOARD = find_spec('tensorboard') is not None
 
 
 @pytest.fixture
-def train(command, monkeypatch, request):
+def train(tool):
     """Train a tiny model; give the message that the command ended with."""
 
     def run(kind: str, work_dir: Path, *options: str) -> str:
-        monkeypatch.setenv('TINY_DATA', str(request.getfixturevalue(DATA[kind])))
-        arguments = [str(TINY / f'{kind}.py'), '--work-dir', str(work_dir)]
-        arguments += ['--cfg-options', TWICE[kind], *options]
-        return command('train', *arguments)
+        arguments = ['--work-dir', work_dir, '--cfg-options', TWICE[kind], *options]
+        return tool('train', kind, *arguments)
 
     return run
 

@@ -21,7 +21,7 @@ from mmcls_involution.apis import web
 from mmcls_involution.engine.errors import UserError
 
 TINY = Path(__file__).parents[1] / 'tiny'
-DATA = dict(detector='coco_root', segmenter='seg_root', classifier='cls_root')
+KINDS = ('detector', 'segmenter', 'classifier')
 
 
 class Evil:
@@ -52,8 +52,7 @@ def folder(weights, tmp_path, monkeypatch, coco_root) -> Path:
 def test_models_of_a_folder_and_of_the_hub(folder, capsys):
     models = web.find_models(folder)
     local = {name for name in models if not name.startswith('hub: ')}
-    kinds = (*DATA, 'evil')
-    assert local == {f'{kind}/epoch_1.pth' for kind in kinds}
+    assert local == {f'{kind}/epoch_1.pth' for kind in (*KINDS, 'evil')}
     assert 'lost.pth is left out' in capsys.readouterr().out.replace('\n', ' ')
     assert models['hub: rednet50_3rdparty_in1k'][1] == 'paddleclas://RedNet50'
     models = web.find_models(folder, str(TINY / 'detector.py'))
@@ -63,7 +62,7 @@ def test_models_of_a_folder_and_of_the_hub(folder, capsys):
         web.find_models(folder / 'gone')
 
 
-@pytest.mark.parametrize('kind', DATA)
+@pytest.mark.parametrize('kind', KINDS)
 def test_answers(kind, folder):
     model = web.find_models(folder)[f'{kind}/epoch_1.pth']
     found = web.answer(*model, str(folder.parent / 'photo.png'))

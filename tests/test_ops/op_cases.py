@@ -8,6 +8,7 @@ import torch
 from mmcls_involution.ops import BACKENDS
 from mmcls_involution.ops.backends import reference
 from mmcls_involution.ops.backends.triton_kernels import LOWEST_TRITON
+from mmcls_involution.ops.modules import GENERATORS
 
 # (N, C, H, W), groups, kernel, stride, padding, dilation. Odd sizes and unequal
 # sides, so that a swapped axis shows.
@@ -23,17 +24,23 @@ CASES = {
     'one row': ((1, 16, 1, 13), 1, (3, 3), 2, 1, 1),
     'empty batch': ((0, 4, 5, 6), 2, (3, 3), 2, 1, 1),
 }
-case = pytest.mark.parametrize(
-    'shape, groups, kernel, stride, padding, dilation', CASES.values(), ids=CASES
-)
+
+
+def of_cases(cases):
+    names = 'shape, groups, kernel, stride, padding, dilation'
+    return pytest.mark.parametrize(names, cases.values(), ids=cases)
+
+
+case = of_cases(CASES)
+# An empty batch has no element to perturb.
+case_not_empty = of_cases({k: v for k, v in CASES.items() if k != 'empty batch'})
+every_generator = pytest.mark.parametrize('generator', GENERATORS)
 TRITON_KERNELS = ('forward', 'grad_input', 'grad_weight', 'grad_weight_banded')
 # For pytest.importorskip.
 WITH_TRITON = dict(
     modname='triton',
     minversion='.'.join(map(str, LOWEST_TRITON)),
 )
-# An empty batch has no element to perturb.
-NOT_EMPTY = {name: case for name, case in CASES.items() if name != 'empty batch'}
 
 
 # The backends of a device that is not there are left out; test_triton runs theirs

@@ -9,7 +9,7 @@ from mmcls_involution.ops.backends import tap_sum, triton_kernels
 from mmcls_involution.ops.backends.contract import Problem
 
 HALF = Problem.typical('cuda', torch.float16)
-FUSED = HALF._replace(operation='fused_forward', reduced=32)
+FUSED = HALF._replace(operation='fused_forward')
 
 
 @pytest.fixture

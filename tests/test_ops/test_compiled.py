@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from op_cases import needs_pooling_of_any_size
+from op_cases import every_generator, needs_pooling_of_any_size
 
 from mmcls_involution.ops import Involution2d
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(
-    'generator', ['bottleneck', 'linear', 'dot_product', 'attention']
-)
+@every_generator
 def test_trains_under_autocast(generator, dtype):
     module = Involution2d(32, stride=2, generator=generator)
     with torch.autocast('cpu', dtype=dtype):

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from op_cases import (
     CASES,
     DTYPES,
-    NOT_EMPTY,
     assert_error_is_at_most_twice,
     backend_name,
     case,
+    case_not_empty,
     oracle,
     pair,
 )
@@ -67,12 +67,12 @@ def test_float64_is_exact(
     expected = two_steps(*tensors, **arguments)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
     grad = torch.randn_like(expected)
-    for ours, theirs in zip(
+    torch.testing.assert_close(
         torch.autograd.grad(out, tensors, grad),
         torch.autograd.grad(expected, tensors, grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-11)
+        rtol=1e-12,
+        atol=1e-11,
+    )
 
 
 @backend_name
@@ -92,11 +92,7 @@ def test_error_is_at_most_twice_that_of_pytorch(
 
 
 @backend_name
-@pytest.mark.parametrize(
-    'shape, groups, kernel, stride, padding, dilation',
-    NOT_EMPTY.values(),
-    ids=NOT_EMPTY,
-)
+@case_not_empty
 def test_gradcheck(backend, shape, groups, kernel, stride, padding, dilation):
     shape = (1, 2 * groups, *shape[2:])
     tensors, arguments = make(shape, groups, kernel, stride, padding, dilation)
@@ -203,12 +199,10 @@ def test_compile_without_graph_breaks_for_changing_sizes():
     for height, width in [(9, 7), (8, 12), (5, 15)]:
         x = torch.randn(2, 32, height, width, dtype=torch.float64, requires_grad=True)
         parameters = x, *module.parameters()
-        for ours, theirs in zip(
+        torch.testing.assert_close(
             torch.autograd.grad(compiled(x).square().sum(), parameters),
             torch.autograd.grad(module(x).square().sum(), parameters),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours, theirs)
+        )
 
 
 @pytest.mark.parametrize('shape', [(1, 32, 40, 30), (9, 32, 12, 10)])
@@ -326,8 +320,7 @@ def test_random_modules_give_the_same_in_both_forms(backend, seed, monkeypatch):
         out = module(x)
         grads = torch.autograd.grad(out.square().sum(), (x, *module.parameters()))
         results.append([out, *grads])
-    for fused, other in zip(*results, strict=True):
-        torch.testing.assert_close(fused, other, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def names_of_operators(module):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from op_cases import NOT_EMPTY, backend_name, oracle
+from op_cases import backend_name, case_not_empty, every_generator, oracle
 from test_fused import make as make_fused
 from test_fused import two_steps
 from test_involution2d import make
@@ -15,15 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mmcls_involution.ops import Involution2d, fused_involution2d, involution2d
 
-every_case = pytest.mark.parametrize(
-    'shape, groups, kernel, stride, padding, dilation',
-    NOT_EMPTY.values(),
-    ids=NOT_EMPTY,
-)
 fused_too = pytest.mark.parametrize('fused', [False, True])
-every_generator = pytest.mark.parametrize(
-    'generator', ['bottleneck', 'linear', 'dot_product', 'attention']
-)
 
 
 def both(fused, backend, shape, groups, *rest):
@@ -54,7 +46,7 @@ def assert_close(ours, right):
 
 @backend_name
 @fused_too
-@every_case
+@case_not_empty
 def test_forward_mode(backend, fused, shape, groups, kernel, stride, padding, dilation):
     function, expected, tensors = both(
         fused, backend, shape, groups, kernel, stride, padding, dilation
@@ -89,7 +81,7 @@ def test_forward_mode(backend, fused, shape, groups, kernel, stride, padding, di
 
 @backend_name
 @fused_too
-@every_case
+@case_not_empty
 def test_transforms(backend, fused, shape, groups, kernel, stride, padding, dilation):
     """Gradients, those of each sample, and batches along any dimension."""
     function, expected, tensors = both(

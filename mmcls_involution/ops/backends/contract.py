@@ -23,8 +23,6 @@ class Problem(NamedTuple):  # made in every call: a dataclass takes three times 
         input_shape: ``[N, C, H, W]`` of the input or of its gradient.
         kernels_shape: ``[N, G, Kh, Kw, Ho, Wo]``.
         stride, padding, dilation: As of the operators.
-        reduced: Channels that a fused operation generates the kernels from; 0 for
-            others.
         index: Number of the device among those of its type.
     """
 
@@ -37,25 +35,22 @@ class Problem(NamedTuple):  # made in every call: a dataclass takes three times 
     stride: Pair
     padding: Pair
     dilation: Pair
-    reduced: int = 0
     index: int = 0
 
     @classmethod
-    def of(
-        cls, operation: str, pixels: Tensor, *arguments, reduced: int = 0
-    ) -> Problem:
+    def of(cls, operation: str, pixels: Tensor, *arguments) -> Problem:
         """That of `pixels` [N, C, H, W]; `arguments` are the fields from shapes on."""
         last = memory_format(pixels) == torch.channels_last
         device = pixels.device
         place = device.type, pixels.dtype
-        return cls(operation, *place, last, *arguments, reduced, device.index or 0)
+        return cls(operation, *place, last, *arguments, device.index or 0)
 
     @classmethod
     def typical(cls, device: str, dtype: torch.dtype, index: int = 0) -> Problem:
         """A small one, for who asks before there are tensors."""
         shapes = (1, 16, 8, 8), (1, 1, 3, 3, 8, 8)
         arguments = (1, 1), (1, 1), (1, 1)
-        return cls('forward', device, dtype, False, *shapes, *arguments, index=index)
+        return cls('forward', device, dtype, False, *shapes, *arguments, index)
 
 
 class Backend(Protocol):

@@ -94,16 +94,16 @@ def _run(
     input_shape: Shape,
     weight_shape: Shape,
     arguments: Sequence[Sequence[int]],
+    layout: torch.memory_format,
     reduced: int = 0,
-    channels_last: bool = False,
 ) -> Tensor:
-    """Fill ``out``; every tensor lies in memory as involution.h says."""
+    """Fill ``out``; every tensor lies in memory as involution.h says of ``layout``."""
     pairs = (weight_shape[2:4], input_shape[2:], weight_shape[4:], *arguments)
     problem = _CProblem(
         *input_shape[:2],
         weight_shape[1],
         reduced,
-        channels_last,
+        layout == torch.channels_last,
         *(_Pair(*pair) for pair in pairs),
     )
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in inputs]
@@ -141,7 +141,7 @@ def forward(
     shape = (*input.shape[:2], *weight.shape[4:])
     out = torch.empty(shape, dtype=input.dtype, memory_format=layout)
     shapes, arguments = (input.shape, weight.shape), (stride, padding, dilation)
-    return _run(FORWARD, (input, weight), out, *shapes, arguments, channels_last=last)
+    return _run(FORWARD, (input, weight), out, *shapes, arguments, layout)
 
 
 def fused_forward(
@@ -170,8 +170,8 @@ def fused_forward(
         input.shape,
         (len(input), len(weight) // taps, *kernel_size, *size),
         (stride, padding, dilation),
+        layout,
         reduced=reduced.shape[1],
-        channels_last=layout == torch.channels_last,
     )
 
 
@@ -189,8 +189,7 @@ def grad_input(
     tensors = grad.contiguous(memory_format=layout), weight.contiguous()
     out = torch.empty(shape, dtype=grad.dtype, memory_format=layout)
     shapes, arguments = (shape, weight.shape), (stride, padding, dilation)
-    last = layout == torch.channels_last
-    return _run(GRAD_INPUT, tensors, out, *shapes, arguments, channels_last=last)
+    return _run(GRAD_INPUT, tensors, out, *shapes, arguments, layout)
 
 
 def grad_weight(
@@ -206,5 +205,4 @@ def grad_weight(
     tensors = [tensor.contiguous(memory_format=layout) for tensor in (grad, input)]
     out = grad.new_empty(weight_shape)
     shapes, arguments = (input.shape, weight_shape), (stride, padding, dilation)
-    last = layout == torch.channels_last
-    return _run(GRAD_WEIGHT, tensors, out, *shapes, arguments, channels_last=last)
+    return _run(GRAD_WEIGHT, tensors, out, *shapes, arguments, layout)

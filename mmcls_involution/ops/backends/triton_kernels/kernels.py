@@ -50,32 +50,20 @@ CONFIGS = [
 
 
 @triton.jit
-def _lane_blocks(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
-    """How many blocks of BLOCK_P lanes there are."""
-    return tl.cdiv(batch * tl.cdiv(height, ROWS) * width, BLOCK_P)
-
-
-@triton.jit
-def _lanes_of(block, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
-    """Image, first row and column of the lanes in a block."""
-    row_blocks = tl.cdiv(height, ROWS)
-    lane = block * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
-    row = lane // width
-    image = (row // row_blocks).to(tl.int64)
-    return image, row % row_blocks * ROWS, lane % width
-
-
-@triton.jit
 def _lanes(batch, height, width, BLOCK_P: tl.constexpr, ROWS: tl.constexpr):
-    """The lanes of this program, and the part of the work they are in.
+    """Image, first row and column of this program's lanes, and their part of the work.
 
     Parts come first: programs that run at the same time read the same pixels' channels,
     which share lines of the L2 cache in channels_last memory.
     """
-    parts = tl.num_programs(0) // _lane_blocks(batch, height, width, BLOCK_P, ROWS)
+    programs = tl.num_programs(0)
+    row_blocks = tl.cdiv(height, ROWS)
+    parts = programs // tl.cdiv(batch * row_blocks * width, BLOCK_P)
     program = tl.program_id(0)
-    image, row, column = _lanes_of(program // parts, height, width, BLOCK_P, ROWS)
-    return image, row, column, program % parts
+    lane = program // parts * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    row = lane // width
+    image = (row // row_blocks).to(tl.int64)
+    return image, row % row_blocks * ROWS, lane % width, program % parts
 
 
 @triton.jit

@@ -94,8 +94,7 @@ def tuned(configs):
         *('batch', 'height', 'width', 'out_height', 'out_width'),
         *('pad_height', 'pad_width', 'size_class'),
     ]
-
-    known = [
+    key = [
         *('KH', 'KW', 'SH', 'SW', 'DH', 'DW'),
         *('GROUP_CHANNELS', 'CHANNELS_LAST', 'size_class'),
     ]
@@ -106,7 +105,7 @@ def tuned(configs):
             kernel,
             kernel.arg_names,
             configs,
-            key=[name for name in known if name in kernel.arg_names],
+            key=key,
             reset_to_zero=None,
             restore_value=None,
             prune_configs_by=dict(early_config_prune=candidates),
