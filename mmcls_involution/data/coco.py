@@ -391,20 +391,17 @@ class Entries:
             return
         if not self.usable:
             detail = f'none of its annotations can be trained on: {reasons}'
-            lacks: frozenset[str] = frozenset()
+            lacks: tuple[str, ...] = ()
             if not self.unused:  # photos of the background, or without labels
-                detail, lacks = 'it has no annotations', frozenset(self.classes)
+                detail, lacks = 'it has no annotations', tuple(self.classes)
             yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
             return
         named = [*self.names.values()]  # perhaps of lists
-        empty = [c for c in self.classes if c in named and not self.usable[c]]
-        if empty:
-            detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
-            if reasons:
-                detail += f'; annotations that are not used: {reasons}'
-            yield Finding(
-                'class without objects', ann_file, detail, lacks=frozenset(empty)
-            )
+        lacks = tuple(c for c in self.classes if c in named and not self.usable[c])
+        if lacks:
+            detail = f'; annotations that are not used: {reasons}' if reasons else ''
+            of = len(self.classes)
+            yield Finding('class without objects', ann_file, detail, lacks=lacks, of=of)
 
 
 def _reason(error: Exception) -> str:

@@ -89,7 +89,7 @@ def check(args: argparse.Namespace) -> int:
             results.append(found)
         for found in together(results):
             report([finding for finding in found if finding.lacks])
-            lines += [f'{split}\t{f.rule}\t{f.place}\t{f.detail}' for f in found]
+            lines += [f'{split}\t{f.rule}\t{f.place}\t{f.what}' for f in found]
     if args.out:
         args.out.write_text(''.join(f'{line}\n' for line in lines))
     where = f', listed in {args.out}' if args.out and lines else ''

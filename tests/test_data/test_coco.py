@@ -134,7 +134,7 @@ def test_background_beside_a_set_with_objects(coco, run, tmp_path):
 
 
 def test_class_of_a_set_beside_others(coco, run, tmp_path):
-    """What one lacks, another one may have."""
+    """What one lacks, another one may have; what all lack is named by itself."""
     other = shutil.copytree(coco, tmp_path / 'other')
     for root, category in ((coco, 1), (other, 2)):
         edit(
@@ -147,6 +147,14 @@ def test_class_of_a_set_beside_others(coco, run, tmp_path):
         )
     assert [row[0] for row in run('detector', coco)] == ['class without objects']
     assert run('detector', coco, text=beside('detector', other)) == []
+    for root in (coco, other):
+        edit(root, lambda c: c['categories'].append(dict(id=3, name='disc')))
+    text = beside('detector', other).replace("'bar')", "'bar', 'disc')")
+    found = run('detector', coco, text=text.replace('num_classes=2', 'num_classes=3'))
+    assert found == [
+        ('class without objects', str(root / 'ann.json'), 'disc (1 of 3 classes)')
+        for root in (coco, other)
+    ]
 
 
 def test_class_without_objects_and_counts(coco, run, capsys):
