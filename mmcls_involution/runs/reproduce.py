@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
         help='folder for logs, checkpoints and the report; of several configs each '
-        'gets a folder of its name in it (default: as of train.py)',
+        'gets a folder of its name in it (default: as of train)',
     )
     parser.add_argument('--seed', type=int, help='seed of the training')
     parser.add_argument(
