@@ -69,6 +69,11 @@ def check(args: argparse.Namespace) -> int:
     if args.out:
         check_output(args.out, '--out', in_place=True)
     cfg = read_config(args.config, args.cfg_options)
+    if not cfg.get('model'):
+        raise UserError(
+            f"{args.config} has no 'model', to whose classes the data must fit. It may "
+            'be one that others are meant to inherit.'
+        )
     splits = args.split or [
         split for split in ('train', 'val', 'test') if cfg.get(f'{split}_dataloader')
     ]
