@@ -7,7 +7,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -36,6 +36,12 @@ from mmcls_involution.engine.errors import UserError
 HEADS = ('bbox_head', 'mask_head', 'decode_head', 'head')
 # Models that count otherwise: they read the class names as text.
 BY_TEXT = {'detector', 'language_model', 'text_encoder'}
+# What a data set's config may have under these keys.
+KINDS = dict(
+    data_prefix=(dict | str, 'a dict or a text'),
+    metainfo=(dict, 'a dict, such as dict(classes=(...))'),
+    classes=(Iterable, 'a list of names, or a file of them'),
+)
 
 
 def data_sets(cfg: Config, split: str) -> list[tuple[str, dict]]:
@@ -123,7 +129,11 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         cfg (Config): The whole config.
         path (str): Where in it the data set is.
         dataset (dict): The data set's config.
+
+    Raises:
+        UserError: If a part of it is of a kind that nobody can use.
     """
+    _check_kinds(path, dataset)
     cls = registered(DATASETS, dataset.get('type'))
     root = dataset.get('data_root') or ''
     prefix = dataset.get('data_prefix') or {}
@@ -178,6 +188,17 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         *cfg.model
     }:
         yield from _check_heads(cfg, path, classes)
+
+
+def _check_kinds(path: str, dataset: dict) -> None:
+    """Refuse what nobody can use under one of KINDS, before anybody reads it."""
+    for place, part in ((path, dataset), (f'{path}.metainfo', dataset.get('metainfo'))):
+        for key in KINDS.keys() & (part if isinstance(part, dict) else {}):
+            value, (kind, name) = part[key], KINDS[key]
+            if value is not None and not isinstance(value, kind):
+                raise UserError(
+                    f'{place}.{key} is {value!r:.80}, and should be {name}.'
+                )
 
 
 def _can_download(cls: type | None) -> bool:
