@@ -251,6 +251,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``compare``."""
+    kinds = sorted(plt.Figure().canvas.get_supported_filetypes())
+    if args.out.suffix.lower()[1:] not in kinds:
+        raise UserError(
+            f'--out must be a picture, a file of .{", .".join(kinds)}, got {args.out}.'
+        )
     runs = []
     for text in args.work_dirs:
         name, folder = None, text
