@@ -115,10 +115,8 @@ def prepare(args: argparse.Namespace) -> list[Job]:
             flags += ['--work-dir', str(work_dir)]
         cfg = load_config(parser.parse_args([config, *flags]))
         check_checkpoint(checkpoint, '--checkpoint')
-        job = Job(
-            *(Path(config), args.cfg_options, Path(cfg.work_dir), cfg, checkpoint),
-            *(args.seed, args.gpus),
-        )
+        place, options = Path(cfg.work_dir), args.cfg_options
+        job = Job(Path(config), options, place, cfg, checkpoint, args.seed, args.gpus)
         for other in jobs:
             if other.work_dir.absolute() == job.work_dir.absolute():
                 raise UserError(
