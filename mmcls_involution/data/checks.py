@@ -74,12 +74,31 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
         yield from found
     name = f'{split}_evaluator'
     for path, evaluator in dicts(cfg.get(name), name):
+        yield from _check_topk(cfg, path, evaluator)
         if is_local(evaluator, file := evaluator.get('ann_file')):
             key = f'{path}.ann_file'
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
             elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
                 yield from _check_evaluator(key, file, data_sets(cfg, split))
+
+
+def _check_topk(cfg: Config, path: str, evaluator: dict) -> Iterator[Finding]:
+    """MMPretrain's Accuracy would stop a training at its first validation."""
+    number = (cfg.model.get('head') or {}).get('num_classes')
+    topk = evaluator.get('topk', 1)
+    most = max(topk) if isinstance(topk, list | tuple) and topk else topk
+    if (
+        isinstance(number, int)
+        and isinstance(most, int)
+        and most > number
+        and is_called(evaluator.get('type'), 'Accuracy', METRICS)
+    ):
+        yield Finding(
+            'number of classes',
+            f'{path}.topk asks for the best {most} of {number} classes. Set it, with '
+            f'--cfg-options {path}.topk=[1].',
+        )
 
 
 def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:

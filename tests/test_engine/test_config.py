@@ -106,6 +106,7 @@ ROOT = Path(__file__).parents[2]
         ('classifier', 'custom_hooks=[5]', 'custom_hooks.0 is 5, and should be a dict'),
         ('classifier', 'default_hooks.timer=5', 'default_hooks.timer is 5, and should'),
         ('classifier', 'default_hooks.checkpoint.interval=x', 'interval should be an'),
+        ('classifier', 'val_evaluator.topk=1,5', 'topk asks for the best 5 of 2 clas'),
         ('classifier', 'train_dataloader.dataset=5', 'dataset is 5, and should be a'),
         ('classifier', 'train_dataloader.dataset.type=5', '5 is no type'),
         ('classifier', 'train_dataloader.dataset.data_prefix=5', 'dict or a text'),
