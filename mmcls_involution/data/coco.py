@@ -77,7 +77,7 @@ class Content:
         return [
             c['id']
             for c in self.categories
-            if not self.used[_key(c['id'])] and c['name'] in above
+            if not self.used[_key(c['id'])] and _key(c['name']) in above
         ]
 
 

@@ -355,6 +355,16 @@ def test_classes_that_do_not_fit_the_file(coco, run):
     assert rules == ['classes', 'unknown category']
 
 
+def test_category_whose_name_is_no_text(coco, run):
+    def change(content):
+        content['annotations'].clear()
+        content['categories'][1]['name'] = [42]
+
+    edit(coco, change)
+    rules = [row[0] for row in run('detector', coco)]
+    assert rules == ['classes', 'nothing to train on']
+
+
 def test_masks_are_needed_where_masks_are_trained(coco, run):
     edit(coco, lambda content: content['annotations'][2].pop('segmentation'))
     assert run('detector', coco) == []
