@@ -126,9 +126,7 @@ KERNELS = Extension(
         f'{NATIVE}/{name}.h' for name in ('involution', 'kernels', 'scratch', 'vectors')
     ],
     language='c++',
-    extra_compile_args=[
-        *('-std=c++17', '-O3', '-g0', '-fvisibility=hidden', '-pthread'),
-    ],
+    extra_compile_args=['-std=c++17', '-O3', '-g0', '-fvisibility=hidden', '-pthread'],
     extra_link_args=['-pthread'],
     py_limited_api=True,
     optional=True,

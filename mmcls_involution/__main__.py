@@ -1,4 +1,4 @@
-"""``python -m mmcls_involution COMMAND``: what tools/ does, without a checkout."""
+"""The commands: ``python -m mmcls_involution COMMAND``."""
 
 from __future__ import annotations
 

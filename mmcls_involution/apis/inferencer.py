@@ -12,6 +12,7 @@ import matplotlib
 import mmengine
 import numpy as np
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.device import get_device
 from mmengine.logging import MMLogger, print_log
 from mmengine.registry import DATASETS, FUNCTIONS, Registry, init_default_scope
@@ -200,10 +201,11 @@ def _load(model: Any, weights: str | None, name: str) -> dict[str, Any]:
 
 def _dataset_meta(cfg: Config) -> dict[str, Any]:
     """Classes and colours of the test data, which need not be there."""
+    dataset = cfg.test_dataloader.dataset
     try:
-        return DATASETS.build(
-            dict(cfg.test_dataloader.dataset, lazy_init=True)
-        ).metainfo
+        return DATASETS.build(dict(dataset, lazy_init=True)).metainfo
+    except AssertionError:  # CustomDataset wants a place, though it reads nothing
+        return BaseDataset._load_metainfo(dataset.get('metainfo'))
     except (OSError, TypeError):  # one that must read, or does not know lazy_init
         return {}
 

@@ -3,9 +3,9 @@
 Importing this package imports none of the OpenMMLab libraries. :func:`apply` makes
 every repair that the environment needs and may be called any number of times; call it
 before mmdet, mmseg or mmpretrain are imported. Importing ``mmcls_involution.models``
-and the scripts in ``tools/`` do so, and ``python -m mmcls_involution.compat SCRIPT``
-does it for any other script. Each module holds the repairs of one subject; each repair
-says what it answers, an issue where one is known, and when it does nothing.
+and the commands do so, and ``python -m mmcls_involution.compat SCRIPT`` does it for a
+script. Each module holds the repairs of one subject; each repair says what it answers,
+an issue where one is known, and when it does nothing.
 """
 
 from __future__ import annotations

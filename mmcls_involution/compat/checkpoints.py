@@ -85,11 +85,13 @@ def _load_from_local(filename: str, map_location: Any = None) -> Any:
     Raises:
         FileNotFoundError: If there is no such file.
         pickle.UnpicklingError: If the file asks for code that weights do not need.
-        NoCheckpoint: If the file is torn or is not a checkpoint.
+        NoCheckpoint: If it is a folder, torn, or is not a checkpoint.
     """
     import torch
 
     path = Path(filename).expanduser()
+    if path.is_dir():
+        raise NoCheckpoint(f'{path} is a folder: name a checkpoint in it')
     if not path.is_file():
         raise FileNotFoundError(f'Checkpoint not found: {filename}')
     try:

@@ -8,8 +8,8 @@ import importlib.metadata
 SUPPORTED: dict[str, tuple[str, str]] = {
     # docs/install.md says which are tested; 2.6 made torch.load weights-only.
     'torch': ('2.7.0', '3.0.0'),
-    # Older ones register Adafactor twice (mmengine#1609); the repairs below patch
-    # functions of the 0.10 series.
+    # Older ones register Adafactor twice (mmengine#1609); the repairs of this
+    # package patch functions of the 0.10 series.
     'mmengine': ('0.10.7', '0.11.0'),
     # What mmdet and mmsegmentation accept: they stop at import outside of it.
     'mmcv': ('2.0.0rc4', '2.2.0'),

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -36,6 +36,12 @@ from mmcls_involution.engine.errors import UserError
 HEADS = ('bbox_head', 'mask_head', 'decode_head', 'head')
 # Models that count otherwise: they read the class names as text.
 BY_TEXT = {'detector', 'language_model', 'text_encoder'}
+# What a data set's config may have under these keys.
+KINDS = dict(
+    data_prefix=(dict | str, 'a dict or a text'),
+    metainfo=(dict, 'a dict, such as dict(classes=(...))'),
+    classes=(Iterable, 'a list of names, or a file of them'),
+)
 
 
 def data_sets(cfg: Config, split: str) -> list[tuple[str, dict]]:
@@ -68,12 +74,31 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
         yield from found
     name = f'{split}_evaluator'
     for path, evaluator in dicts(cfg.get(name), name):
+        yield from _check_topk(cfg, path, evaluator)
         if is_local(evaluator, file := evaluator.get('ann_file')):
             key = f'{path}.ann_file'
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
             elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
                 yield from _check_evaluator(key, file, data_sets(cfg, split))
+
+
+def _check_topk(cfg: Config, path: str, evaluator: dict) -> Iterator[Finding]:
+    """MMPretrain's Accuracy would stop a training at its first validation."""
+    number = (cfg.model.get('head') or {}).get('num_classes')
+    topk = evaluator.get('topk', 1)
+    most = max(topk) if isinstance(topk, list | tuple) and topk else topk
+    if (
+        isinstance(number, int)
+        and isinstance(most, int)
+        and most > number
+        and is_called(evaluator.get('type'), 'Accuracy', METRICS)
+    ):
+        yield Finding(
+            'number of classes',
+            f'{path}.topk asks for the best {most} of {number} classes. Set it, with '
+            f'--cfg-options {path}.topk=[1].',
+        )
 
 
 def _check_sample(cfg: Config, path: str, part: dict) -> Iterator[Finding]:
@@ -123,7 +148,11 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         cfg (Config): The whole config.
         path (str): Where in it the data set is.
         dataset (dict): The data set's config.
+
+    Raises:
+        UserError: If a part of it is of a kind that nobody can use.
     """
+    _check_kinds(path, dataset)
     cls = registered(DATASETS, dataset.get('type'))
     root = dataset.get('data_root') or ''
     prefix = dataset.get('data_prefix') or {}
@@ -178,6 +207,17 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         *cfg.model
     }:
         yield from _check_heads(cfg, path, classes)
+
+
+def _check_kinds(path: str, dataset: dict) -> None:
+    """Refuse what nobody can use under one of KINDS, before anybody reads it."""
+    for place, part in ((path, dataset), (f'{path}.metainfo', dataset.get('metainfo'))):
+        for key in KINDS.keys() & (part if isinstance(part, dict) else {}):
+            value, (kind, name) = part[key], KINDS[key]
+            if value is not None and not isinstance(value, kind):
+                raise UserError(
+                    f'{place}.{key} is {value!r:.80}, and should be {name}.'
+                )
 
 
 def _can_download(cls: type | None) -> bool:

@@ -77,7 +77,7 @@ class Content:
         return [
             c['id']
             for c in self.categories
-            if not self.used[_key(c['id'])] and c['name'] in above
+            if not self.used[_key(c['id'])] and _key(c['name']) in above
         ]
 
 
@@ -311,8 +311,6 @@ class Entries:
     ) -> str | None:
         """Check one; give the reason why it is not used, or None.
 
-        Called for each of COCO's 860,000, so that places are named late.
-
         Raises:
             KeyError, TypeError, ValueError: If something lacks or is of another kind.
         """
@@ -345,8 +343,8 @@ class Entries:
             detail = f'image_id {number!r}{self._twin(number)}'
             self.found.append(Finding('unknown image', f'annotation {key}', detail))
             return 'of an unknown image'
+        place = f'annotation {key} of {image}'
         if w < 1 or h < 1 or area <= 0:
-            place = f'annotation {key} of {image}'
             detail = f'bbox {box}, area {area}'
             self.found.append(Finding('box without area', place, detail))
             reason = reason or 'without area'
@@ -359,7 +357,6 @@ class Entries:
                 and x + w <= width + MARGIN
                 and y + h <= height + MARGIN
             ):
-                place = f'annotation {key} of {image}'
                 detail = f'bbox {box}, image {times(size)}'
                 self.found.append(Finding('box outside the image', place, detail))
                 if not (x < width and y < height and x + w > 0 and y + h > 0):
@@ -368,21 +365,9 @@ class Entries:
             reason = 'with iscrowd=1' if crowd else 'with "ignore"'
         if self.masks and reason in (None, 'with iscrowd=1'):
             mask = annotation.get('segmentation')
-            if not mask:
-                place = f'annotation {key} of {image}'
-                self.found.append(Finding('no mask', place, 'has no segmentation'))
-            elif wrong := _wrong_mask(mask, size):
-                kind, detail = wrong
-                place = f'annotation {key} of {image}'
-                self.found.append(
-                    Finding('short polygon', place, detail)
-                    if kind == 'short'
-                    else Finding('mask outside the image', place, detail)
-                    if kind == 'outside'
-                    else Finding('broken mask', place, detail)
-                )
+            if wrong := _wrong_mask(mask, size, place):
+                self.found.append(wrong)
             elif reason is None and self.polygons and isinstance(mask, dict):
-                place = f'annotation {key} of {image}'
                 detail = 'a run-length code, no polygons'
                 self.found.append(Finding('run-length mask', place, detail))
                 reason = 'with a run-length mask, which poly2mask=False leaves out'
@@ -406,20 +391,17 @@ class Entries:
             return
         if not self.usable:
             detail = f'none of its annotations can be trained on: {reasons}'
-            lacks: frozenset[str] = frozenset()
+            lacks: tuple[str, ...] = ()
             if not self.unused:  # photos of the background, or without labels
-                detail, lacks = 'it has no annotations', frozenset(self.classes)
+                detail, lacks = 'it has no annotations', tuple(self.classes)
             yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
             return
         named = [*self.names.values()]  # perhaps of lists
-        empty = [c for c in self.classes if c in named and not self.usable[c]]
-        if empty:
-            detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
-            if reasons:
-                detail += f'; annotations that are not used: {reasons}'
-            yield Finding(
-                'class without objects', ann_file, detail, lacks=frozenset(empty)
-            )
+        lacks = tuple(c for c in self.classes if c in named and not self.usable[c])
+        if lacks:
+            detail = f'; annotations that are not used: {reasons}' if reasons else ''
+            of = len(self.classes)
+            yield Finding('class without objects', ann_file, detail, lacks=lacks, of=of)
 
 
 def _reason(error: Exception) -> str:
@@ -431,44 +413,48 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-def _wrong_mask(mask: Any, size: tuple[float, float] | None) -> tuple[str, str] | None:
-    """What is wrong with a mask: ``short``, ``outside`` or ``broken``, and why."""
+def _wrong_mask(
+    mask: Any, size: tuple[float, float] | None, place: str
+) -> Finding | None:
+    """What is wrong with the mask of an object, if anything."""
+    if not mask:
+        return Finding('no mask', place, 'has no segmentation')
     if isinstance(mask, dict):
         shape, counts = mask.get('size'), mask.get('counts')
+        detail = ''
         if not isinstance(counts, list | str) or len(shape or []) != 2:
-            return 'broken', 'a run-length code needs "counts" and "size"'
-        if size is not None and shape != [size[1], size[0]]:
-            return 'broken', f'its code is of {times(shape[::-1])}, not {times(size)}'
-        return None
+            detail = 'a run-length code needs "counts" and "size"'
+        elif size is not None and shape != [size[1], size[0]]:
+            detail = f'its code is of {times(shape[::-1])}, not {times(size)}'
+        return Finding('broken mask', place, detail) if detail else None
     if not isinstance(mask, list):
-        return (
-            'broken',
-            f'{str(mask)[:40]!r}: expected polygons [[x1, y1, x2, y2, x3, y3, ...]]',
-        )
+        detail = f'{str(mask)[:40]!r}: expected polygons, [[x1, y1, x2, y2, ...]]'
+        return Finding('broken mask', place, detail)
     for polygon in mask:
         if not isinstance(polygon, list):
-            return 'broken', 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+            detail = 'a flat list: expected a list of polygons, [[x1, y1, ...]]'
+            return Finding('broken mask', place, detail)
         try:
             finite = math.isfinite(sum(polygon))
         except (TypeError, OverflowError):
             finite = False
         if not finite:
-            return 'broken', 'a polygon has something else than numbers'
+            detail = 'a polygon has something else than numbers'
+            return Finding('broken mask', place, detail)
     for polygon in mask:
         if len(polygon) < 6 or len(polygon) % 2:
             detail = f'a polygon of {len(polygon)} numbers: expected 3 or more pairs'
-            return 'short', detail
-    if size is not None:
-        for polygon in mask:
-            right, bottom = max(polygon[::2]), max(polygon[1::2])
-            if (
-                min(polygon) < -MARGIN
-                or right > size[0] + MARGIN
-                or bottom > size[1] + MARGIN
-            ):
-                detail = f'a polygon goes from {min(polygon[::2])}, '
-                detail += f'{min(polygon[1::2])} to {right}, {bottom}; image '
-                return 'outside', detail + times(size)
+            return Finding('short polygon', place, detail)
+    for polygon in mask if size is not None else ():
+        right, bottom = max(polygon[::2]), max(polygon[1::2])
+        if (
+            min(polygon) < -MARGIN
+            or right > size[0] + MARGIN
+            or bottom > size[1] + MARGIN
+        ):
+            detail = f'a polygon goes from {min(polygon[::2])}, {min(polygon[1::2])} '
+            detail += f'to {right}, {bottom}; image {times(size)}'
+            return Finding('mask outside the image', place, detail)
     return None
 
 

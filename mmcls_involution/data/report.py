@@ -69,6 +69,11 @@ def check(args: argparse.Namespace) -> int:
     if args.out:
         check_output(args.out, '--out', in_place=True)
     cfg = read_config(args.config, args.cfg_options)
+    if not cfg.get('model'):
+        raise UserError(
+            f"{args.config} has no 'model', to whose classes the data must fit. It may "
+            'be one that others are meant to inherit.'
+        )
     splits = args.split or [
         split for split in ('train', 'val', 'test') if cfg.get(f'{split}_dataloader')
     ]
@@ -89,7 +94,7 @@ def check(args: argparse.Namespace) -> int:
             results.append(found)
         for found in together(results):
             report([finding for finding in found if finding.lacks])
-            lines += [f'{split}\t{f.rule}\t{f.place}\t{f.detail}' for f in found]
+            lines += [f'{split}\t{f.rule}\t{f.place}\t{f.what}' for f in found]
     if args.out:
         args.out.write_text(''.join(f'{line}\n' for line in lines))
     where = f', listed in {args.out}' if args.out and lines else ''

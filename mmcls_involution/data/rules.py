@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -233,22 +233,33 @@ class Finding:
         detail (str): What exactly. Defaults to ''.
         file (str): The file that the place is in, for those who see no report of it.
             Defaults to '': the place says it.
-        lacks (frozenset[str]): The classes that a data set has nothing of, where that
+        lacks (tuple[str, ...]): The classes that a data set has nothing of, where that
             is what is wrong: another one beside it may have them. Defaults to none.
+        of (int): The number of all classes, where those that lack are named before the
+            detail. Defaults to 0: they are not.
     """
 
     rule: str
     place: str
     detail: str = ''
     file: str = ''
-    lacks: frozenset[str] = frozenset()
+    lacks: tuple[str, ...] = ()
+    of: int = 0
 
     def __post_init__(self) -> None:
         for name in ('place', 'detail', 'file'):
             object.__setattr__(self, name, printable(getattr(self, name)))
 
     def __str__(self) -> str:
-        return f'{self.place}: {self.detail}' if self.detail else self.place
+        return f'{self.place}: {self.what}' if self.what else self.place
+
+    @property
+    def what(self) -> str:
+        """What exactly, with the classes that lack."""
+        if not self.of:
+            return self.detail
+        names = printable(', '.join(self.lacks))
+        return f'{names} ({len(self.lacks)} of {self.of} classes){self.detail}'
 
     @property
     def message(self) -> str:
@@ -288,15 +299,16 @@ def together(found: Sequence[list[Finding]]) -> list[list[Finding]]:
     Args:
         found (Sequence[list[Finding]]): Of each data set of a split.
     """
-    lacking = [frozenset().union(*(f.lacks for f in part)) for part in found]
-    by_all = frozenset.intersection(*lacking) if lacking else frozenset()
+    lacking = [{name for f in part for name in f.lacks} for part in found]
+    by_all = set.intersection(*lacking) if lacking else set()
 
-    def stays(finding: Finding) -> bool:
-        if RULES[finding.rule].quick:  # stops the run: only if all are as poor
-            return finding.lacks == by_all
-        return bool(finding.lacks & by_all)
+    def left(finding: Finding) -> Iterator[Finding]:
+        lacks = tuple(name for name in finding.lacks if name in by_all)
+        # What stops the run does so only if all are as poor.
+        if lacks == finding.lacks or (lacks and not RULES[finding.rule].quick):
+            yield replace(finding, lacks=lacks)
 
-    return [[f for f in part if not f.lacks or stays(f)] for part in found]
+    return [[f for finding in part for f in left(finding)] for part in found]
 
 
 def repeated(what: str, items: Iterable[Any]) -> Iterator[Finding]:

@@ -53,12 +53,12 @@ class Values:
             maps (int): Their number.
         """
         seen = {self.meaning.get(value) for value in pixels} - {None}
-        empty = [name for i, name in enumerate(self.classes) if i not in seen]
-        few = len(seen) < min(2, len(self.classes))
-        if not empty or not maps or not (trains or few):
+        lacks = tuple(name for i, name in enumerate(self.classes) if i not in seen)
+        of = len(self.classes)
+        few = len(seen) < min(2, of)
+        if not lacks or not maps or not (trains or few):
             return
-        detail = f'{", ".join(empty)} ({len(empty)} of {len(self.classes)} classes)'
-        detail += f' in {maps} label maps'
+        detail = f' in {maps} label maps'
         shares = [
             f'{value}{" (by reduce_zero_label)" if self.reduced and not value else ""}'
             f', {count / pixels.total():.1%} of all pixels'
@@ -67,11 +67,10 @@ class Values:
         ]
         if shares:
             detail += f'; ignored is {" and ".join(shares)}'
-        lacks = frozenset(empty)
         if few and trains:
-            yield Finding('one class alone', place, detail, lacks=lacks)
+            yield Finding('one class alone', place, detail, lacks=lacks, of=of)
         else:
-            yield Finding('class without pixels', place, detail, lacks=lacks)
+            yield Finding('class without pixels', place, detail, lacks=lacks, of=of)
 
 
 def label_values(dataset: Any, cfg: Config) -> Values:

@@ -28,6 +28,19 @@ PRECEDENCE = (
     'Where a setting is given twice: flag > --cfg-options > config file > default '
     '(work_dir: ./work_dirs/<name of the config>).'
 )
+# Top-level keys that have a meaning to MMEngine.
+SETTINGS = {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
+    'activation_checkpointing',
+    'compile',
+    'custom_imports',
+    'efficient_conv_bn_eval',
+    'find_unused_parameters',
+    'model_wrapper_cfg',
+    'runner_type',
+    'sync_bn',
+    'tta_model',
+    'tta_pipeline',
+}
 KINDS = {dict: 'a dict', list: 'a list', str: 'a text', bool: 'True or False'}
 # Parts below the top level that are read before they are built.
 DICTS = (
@@ -105,45 +118,8 @@ def read_config(path: str, options: dict[str, Any] | None = None) -> Config:
             + _quotes_in_places(path)
         ) from error
 
-    options = options or {}
-    known = {*cfg, *_runner_arguments()}
-    for option, value in options.items():
-        key = option.split('.')[0]
-        if key not in known:
-            raise UserError(
-                f'--cfg-options {option}: the config has no {key!r}.'
-                + did_you_mean(key, known)
-            )
-        try:
-            cfg.merge_from_dict({option: value})
-        except (KeyError, TypeError) as error:
-            raise UserError(
-                f'--cfg-options {option} does not fit the config: {error.args[0]} '
-                'A config of your own, with `_base_` and that part in it, can set it.'
-            ) from error
-        if key not in _runner_arguments() and _is_used(key, cfg.text):
-            print_log(
-                f'--cfg-options {option}: {key!r} is a variable of the config, whose '
-                'places have its value of before already, and keep it. Set these, as '
-                'in train_dataloader.dataset.data_root=PLACE',
-                level=logging.WARNING,
-            )
-    for key in set(cfg) - _runner_arguments():
-        close = difflib.get_close_matches(key, _runner_arguments(), 1, 0.92)
-        if not close or _is_used(key, cfg.text):
-            continue
-        if key == f'{close[0]}s':  # a name for several, more likely than a slip
-            print_log(
-                f'{path}: {key!r} is taken for a variable of yours, as nothing reads '
-                f'it; the setting is called {close[0]!r}',
-                level=logging.WARNING,
-            )
-            continue
-        raise UserError(
-            f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
-            '(Rename it if it is a variable of yours.)'
-        )
-
+    _override(cfg, options or {})
+    _check_names(cfg, path)
     _check_kinds(cfg, path)
     scope = cfg.setdefault('default_scope', 'mmengine')
     if importlib.util.find_spec(scope) is None:
@@ -181,20 +157,57 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def _runner_arguments() -> set[str]:
-    """Top-level keys that have a meaning to MMEngine."""
-    return {*inspect.signature(Runner.__init__).parameters} - {'self', 'cfg'} | {
-        'activation_checkpointing',
-        'compile',
-        'custom_imports',
-        'efficient_conv_bn_eval',
-        'find_unused_parameters',
-        'model_wrapper_cfg',
-        'runner_type',
-        'sync_bn',
-        'tta_model',
-        'tta_pipeline',
-    }
+def _override(cfg: Config, options: dict[str, Any]) -> None:
+    """Take over the settings of ``--cfg-options``.
+
+    Raises:
+        UserError: If the config has no place for one of them.
+    """
+    known = {*cfg, *SETTINGS}
+    for option, value in options.items():
+        key = option.split('.')[0]
+        if key not in known:
+            raise UserError(
+                f'--cfg-options {option}: the config has no {key!r}.'
+                + did_you_mean(key, known)
+            )
+        try:
+            cfg.merge_from_dict({option: value})
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f'--cfg-options {option} does not fit the config: {error.args[0]} '
+                'A config of your own, with `_base_` and that part in it, can set it.'
+            ) from error
+        if key not in SETTINGS and _is_used(key, cfg.text):
+            print_log(
+                f'--cfg-options {option}: {key!r} is a variable of the config, whose '
+                'places have its value of before already, and keep it. Set these, as '
+                'in train_dataloader.dataset.data_root=PLACE',
+                level=logging.WARNING,
+            )
+
+
+def _check_names(cfg: Config, path: Path) -> None:
+    """Refuse a key that is a slip of a setting's name: nobody would read it.
+
+    Raises:
+        UserError: If there is one.
+    """
+    for key in set(cfg) - SETTINGS:
+        close = difflib.get_close_matches(key, SETTINGS, 1, 0.92)
+        if not close or _is_used(key, cfg.text):
+            continue
+        if key == f'{close[0]}s':  # a name for several, more likely than a slip
+            print_log(
+                f'{path}: {key!r} is taken for a variable of yours, as nothing reads '
+                f'it; the setting is called {close[0]!r}',
+                level=logging.WARNING,
+            )
+            continue
+        raise UserError(
+            f'{path}: {key!r} would be ignored; did you mean {close[0]!r}? '
+            '(Rename it if it is a variable of yours.)'
+        )
 
 
 def _check_kinds(cfg: Config, path: Path) -> None:

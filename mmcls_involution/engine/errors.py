@@ -78,32 +78,22 @@ def _builds_on_record() -> Iterator[None]:
     The innermost one; the exception itself stays what it is, for those who catch it.
     """
 
-    def noting(build: Callable[..., Any], registry_first: bool) -> Callable[..., Any]:
-        @functools.wraps(build)
+    def noting(function: Callable[..., Any], explain: Callable[..., str]) -> Any:
+        @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             try:
-                return build(*args, **kwargs)
+                return function(*args, **kwargs)
             except CAUSED_BY_CONFIG as error:
                 if not hasattr(error, 'explanation'):
-                    first, second = args[:2] if registry_first else args[1::-1]
-                    error.explanation = _explain_build(error, first, second)
+                    error.explanation = explain(error, *args, **kwargs)
                 raise
 
         return wrapper
 
-    def setting_up(method: Any) -> Any:
-        plain = method.__func__ if isinstance(method, staticmethod) else method
-
-        @functools.wraps(plain)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return plain(*args, **kwargs)
-            except CAUSED_BY_CONFIG as error:
-                if getattr(error, 'explanation', None) is None:
-                    error.explanation = _explain_set_up(error, plain.__name__)
-                raise
-
-        return staticmethod(wrapper) if isinstance(method, staticmethod) else wrapper
+    def of_the_runner(method: Any) -> Any:
+        plain = getattr(method, '__func__', method)  # of a static method
+        wrapper = noting(plain, lambda e, *_, **__: _explain_set_up(e, plain.__name__))
+        return wrapper if plain is method else staticmethod(wrapper)
 
     # What the runner does with a config besides building its parts.
     methods = {
@@ -112,11 +102,13 @@ def _builds_on_record() -> Iterator[None]:
         if name.startswith(('build_', 'register_', 'set_randomness', 'setup_env'))
     }
     for name, method in methods.items():
-        setattr(Runner, name, setting_up(method))
+        setattr(Runner, name, of_the_runner(method))
     stock = Registry.build, weight_init.build_from_cfg
-    Registry.build = noting(Registry.build, registry_first=True)
+    Registry.build = noting(stock[0], _explain_build)
     # MMEngine builds initializers without Registry.build.
-    weight_init.build_from_cfg = noting(stock[1], registry_first=False)
+    weight_init.build_from_cfg = noting(
+        stock[1], lambda e, cfg, registry, *_: _explain_build(e, registry, cfg)
+    )
     try:
         yield
     finally:
@@ -125,7 +117,9 @@ def _builds_on_record() -> Iterator[None]:
             setattr(Runner, name, method)
 
 
-def _explain_build(error: Exception, registry: Registry, cfg: Any) -> str | None:
+def _explain_build(
+    error: Exception, registry: Registry, cfg: Any, *_: Any, **__: Any
+) -> str:
     """A message for an error that building ``cfg`` from ``registry`` has raised."""
     if not isinstance(cfg, dict | Config):
         return (

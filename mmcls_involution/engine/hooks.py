@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.dist import all_reduce, get_rank, get_world_size
+from mmengine.dist import all_gather_object, all_reduce, get_rank, get_world_size
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.runner import Runner
@@ -59,25 +59,36 @@ class WeightsCheck(Hook):
 
 
 class OwnBest(Hook):
-    """Keep a resumed run from deleting the best checkpoint of another one.
+    """Hold a resumed run to the best checkpoint in its own folder.
 
     A checkpoint names the best one so far by its absolute path, in the folder that the
-    run had then; CheckpointHook deletes that file when it finds a better one.
+    run had then; CheckpointHook deletes that file when it finds a better one. One that
+    is gone, as after going back to before another one took its place, has no score to
+    beat: perhaps no best one would be kept any more.
     """
 
     priority = 'LOWEST'  # after CheckpointHook
 
     def before_train(self, runner: Runner) -> None:
         for hook in runner.hooks:
-            best = getattr(hook, 'best_ckpt_path', None)
-            if best is not None:
-                hook.best_ckpt_path = self._own(hook, best)
-            for name, best in getattr(hook, 'best_ckpt_path_dict', {}).items():
-                hook.best_ckpt_path_dict[name] = best and self._own(hook, best)
+            if best := getattr(hook, 'best_ckpt_path', None):
+                hook.best_ckpt_path = self._own(runner, hook, best, '')
+            for key, best in getattr(hook, 'best_ckpt_path_dict', {}).items():
+                own = best and self._own(runner, hook, best, f'_{key}')
+                hook.best_ckpt_path_dict[key] = own
 
     @staticmethod
-    def _own(hook: CheckpointHook, best: str) -> str:
-        return hook.file_backend.join_path(hook.out_dir, Path(best).name)
+    def _own(
+        runner: Runner, hook: CheckpointHook, best: str, suffix: str
+    ) -> str | None:
+        own = hook.file_backend.join_path(hook.out_dir, Path(best).name)
+        # The first process decides, lest one see what another does not.
+        if all_gather_object(hook.file_backend.exists(own))[0]:
+            return own
+        runner.logger.warning(f'{own} is gone: the next best one need not beat it')
+        for name in ('best_score', 'best_ckpt'):
+            runner.message_hub.pop_info(f'{name}{suffix}', None)
+        return None
 
 
 class LossCheck(Hook):

@@ -237,6 +237,11 @@ class _Exact:
                 f'batch_size {dataloader.batch_size}. Use the loop of MMEngine, '
                 f'{type(self).__mro__[2].__name__}, which cannot resume exactly.'
             )
+        if not len(dataloader):
+            raise ValueError(
+                f'train_dataloader has {len(dataloader.dataset)} samples and gives no '
+                'batch: make batch_size smaller, or set drop_last=False.'
+            )
         super().__init__(runner, SeekableLoader(dataloader, self.endless), **kwargs)
         self.skip = 0
         self.epoch_start = 0
@@ -371,6 +376,7 @@ class ExactEpochLoop(_Exact, EpochBasedTrainLoop):
 
     Raises:
         TypeError: If the data has no indices (``IterableDataset``) or no batches.
+        ValueError: If there is not one batch.
     """
 
     endless = False
@@ -400,6 +406,7 @@ class ExactIterLoop(_Exact, IterBasedTrainLoop):
 
     Raises:
         TypeError: If the data has no indices (``IterableDataset``) or no batches.
+        ValueError: If there is not one batch.
     """
 
     endless = True

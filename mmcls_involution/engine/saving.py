@@ -6,6 +6,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -280,24 +281,15 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _state(self, runner: Runner) -> tuple[dict, dict]:
         """What the hook and the message hub know of the files there are."""
-        own = {
-            name: value.copy() if isinstance(value, dict | deque) else value
-            for name in (
-                'last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict'
-            )
-            if (value := getattr(self, name, self)) is not self
-        }  # fmt: skip
+        names = 'last_ckpt', 'keep_ckpt_ids', 'best_ckpt_path', 'best_ckpt_path_dict'
+        own = {name: copy(value) for name, value in vars(self).items() if name in names}
         return own, dict(runner.message_hub.runtime_info)
 
     def _set_back(self, runner: Runner, state: tuple[dict, dict]) -> None:
         own, known = state
         vars(self).update(own)
-        hub = runner.message_hub.runtime_info
-        for key in [*hub]:
-            if key in known:
-                hub[key] = known[key]
-            else:
-                del hub[key]
+        runner.message_hub.runtime_info.clear()
+        runner.message_hub.runtime_info.update(known)
 
     def _delete(self, runner: Runner, path: str) -> None:
         if not is_main_process():

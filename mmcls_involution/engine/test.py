@@ -32,6 +32,8 @@ from mmcls_involution.engine.hooks import WeightsCheck
 from mmcls_involution.engine.samples import samples_by_name
 from mmcls_involution.weights.files import check_checkpoint
 
+PICKLES = ('.pkl', '.pickle')
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
@@ -101,7 +103,7 @@ def apply_flags(cfg: Config, args: argparse.Namespace) -> None:
 
 def saves_file(args: argparse.Namespace) -> bool:
     """Whether ``--out`` is a file, not the folder of a segmenter's label maps."""
-    return Path(args.out).suffix in ('.pkl', '.pickle') or args.out_item == 'metrics'
+    return Path(args.out).suffix in PICKLES or args.out_item == 'metrics'
 
 
 def check_out(cfg: Config, args: argparse.Namespace) -> None:
@@ -110,14 +112,8 @@ def check_out(cfg: Config, args: argparse.Namespace) -> None:
         if args.out_item == 'metrics':
             raise UserError('--out-item metrics needs --out FILE')
         return
-    suffix = Path(args.out).suffix
-    if args.out_item == 'metrics' and suffix not in (
-        '.json',
-        '.yaml',
-        '.yml',
-        '.pkl',
-        '.pickle',
-    ):
+    known = Path(args.out).suffix in ('.json', '.yaml', '.yml', *PICKLES)
+    if args.out_item == 'metrics' and not known:
         raise UserError(f'--out {args.out}: metrics go to a .json, .yaml or .pkl file')
     if not saves_file(args) and cfg.default_scope != 'mmseg':
         raise UserError(f'--out {args.out}: predictions go to a .pkl file')

@@ -40,9 +40,9 @@ class Run:
         folder: Its work dir.
         name: Of its config, or what else it was called.
         seed: Of the training.
-        recipe: Fingerprints of the config's parts that decide the training, and the
-            number of processes.
-        portable: The same wherever the data lie; None where it is not on record.
+        recipes: Fingerprints of the config's parts that decide the training, with the
+            number of processes; as far as it is on record, also one that is the same
+            wherever the data lie.
         weights: What the training started from, as far as that is on record.
         data: Where its data were, as far as that is on record.
         scores: Of the test, as MMEngine names and scales them.
@@ -52,8 +52,7 @@ class Run:
     folder: Path
     name: str
     seed: int
-    recipe: dict[str, Any]
-    portable: dict[str, Any] | None
+    recipes: list[dict[str, Any]]
     weights: dict[str, str]
     data: list[str]
     scores: dict[str, float]
@@ -66,9 +65,7 @@ class Run:
             # by content; one file may have an address here and a path there
             if len(starts) > 1 and all(start.startswith('sha256 ') for start in starts):
                 return False
-        if self.recipe == other.recipe:
-            return True
-        return self.portable is not None and self.portable == other.portable
+        return any(recipe in other.recipes for recipe in self.recipes)
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -86,10 +83,11 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         record = json.loads((folder / 'report' / 'record.json').read_text())
         train, test = record['train'], record['test']
         changed, last = train['changed'], folder / train['finished']
-        recipe = dict(**train['config'], processes=train['processes'])
-        portable = None
-        if 'recipe' in train:
-            portable = dict(**train['recipe'], processes=train['processes'])
+        recipes = [
+            dict(train[key], processes=train['processes'])
+            for key in ('config', 'recipe')
+            if key in train
+        ]
         weights, data = train.get('weights', {}), train.get('data', [])
         # '[NAME=VALUE ...] python -m mmcls_involution test CONFIG ...'; earlier ones
         # ran tools/test.py, or tools/dist_test.sh
@@ -119,9 +117,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         )
     # By iteration, so that configs with epochs and without fit one axis.
     log = read_log(folder, by_epoch=False)
-    return Run(
-        *(folder, name or config, seed, recipe, portable, weights, data, scores, log)
-    )
+    return Run(folder, name or config, seed, recipes, weights, data, scores, log)
 
 
 def group(runs: list[Run]) -> dict[str, list[Run]]:
@@ -255,6 +251,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``compare``."""
+    kinds = sorted(plt.Figure().canvas.get_supported_filetypes())
+    if args.out.suffix.lower()[1:] not in kinds:
+        raise UserError(
+            f'--out must be a picture, a file of .{", .".join(kinds)}, got {args.out}.'
+        )
     runs = []
     for text in args.work_dirs:
         name, folder = None, text

@@ -44,7 +44,20 @@ TESTING = (
 
 @dataclass
 class Job:
-    """One config on its way to a report."""
+    """One config on its way to a report.
+
+    Args:
+        config: Its file, or the name of one of this package.
+        options: Settings that override it, each as ``KEY=VALUE``.
+        work_dir: Where its training writes; the report is in ``report`` there.
+        cfg: What the two make.
+        given: Checkpoint file or URL to test in place of a training's, if any.
+        seed: Of the training. Defaults to None: the config's, else a drawn one.
+        gpus: Number of processes. Defaults to None: one, without a launcher.
+        error: What has failed, if anything.
+        show: Called with each line that its training and its test print.
+        record: What earlier calls have done, by step: ``report/record.json``.
+    """
 
     config: Path
     options: list[str]
@@ -54,9 +67,7 @@ class Job:
     seed: int | None = None
     gpus: int | None = None
     error: str | None = None
-    # Called with each line that its training and its test print.
     show: Callable[[str], None] = functools.partial(print, end='', flush=True)
-    # What earlier calls have done, by step: kept in work_dir/report/record.json.
     record: dict[str, dict] = field(default_factory=dict)
 
     @property

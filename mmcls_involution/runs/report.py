@@ -60,6 +60,23 @@ def deviations(job: Job, trained: dict[str, Any], changed: list[str]) -> list[st
     return found
 
 
+def environment(steps: list[tuple[str, dict]]) -> list[tuple[str, str]]:
+    """Where training and test have run; what differs between them is given by step.
+
+    Args:
+        steps: Names and records of steps. The examples ran where the test did.
+    """
+    parts = {n: step['environment'] for n, step in steps if 'Example' not in n}
+    table = []
+    for key in dict.fromkeys(key for part in parts.values() for key in part):
+        values = {name: part.get(key, 'absent') for name, part in parts.items()}
+        first, *others = dict.fromkeys(values.values())
+        if others:
+            first = '; '.join(f'{name}: {value}' for name, value in values.items())
+        table.append((key, ' '.join(first.split())))
+    return table
+
+
 def describe(job: Job, changed: list[str]) -> dict[str, Any]:
     """All that is on the page of a job.
 
@@ -119,24 +136,12 @@ def describe(job: Job, changed: list[str]) -> dict[str, Any]:
         ),
         'Training logs': ', '.join(log.runs),
     }
+    names = dict(train='Training', test='Test', examples='Example predictions')
     steps = [
         (name, record[step])
-        for name, step in (
-            *(('Training', 'train'), ('Test', 'test')),
-            ('Example predictions', 'examples'),
-        )
+        for step, name in names.items()
         if 'command' in record.get(step, {})
     ]
-    environments = {
-        name: step['environment'] for name, step in steps if 'Example' not in name
-    }
-    table = []
-    for key in dict.fromkeys(key for env in environments.values() for key in env):
-        values = {name: env.get(key, 'absent') for name, env in environments.items()}
-        first, *others = dict.fromkeys(values.values())
-        if others:
-            first = '; '.join(f'{name}: {value}' for name, value in values.items())
-        table.append((key, ' '.join(first.split())))
     pictures = sorted(
         file
         for file in (job.folder / 'examples').rglob('*')
@@ -166,5 +171,5 @@ def describe(job: Job, changed: list[str]) -> dict[str, Any]:
             for key, value in scores.items()
             if isinstance(value, int | float)
         ],
-        environment=table,
+        environment=environment(steps),
     )

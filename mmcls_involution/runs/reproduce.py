@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--work-dir',
         help='folder for logs, checkpoints and the report; of several configs each '
-        'gets a folder of its name in it (default: as of train.py)',
+        'gets a folder of its name in it (default: as of train)',
     )
     parser.add_argument('--seed', type=int, help='seed of the training')
     parser.add_argument(
@@ -115,10 +115,8 @@ def prepare(args: argparse.Namespace) -> list[Job]:
             flags += ['--work-dir', str(work_dir)]
         cfg = load_config(parser.parse_args([config, *flags]))
         check_checkpoint(checkpoint, '--checkpoint')
-        job = Job(
-            *(Path(config), args.cfg_options, Path(cfg.work_dir), cfg, checkpoint),
-            *(args.seed, args.gpus),
-        )
+        place, options = Path(cfg.work_dir), args.cfg_options
+        job = Job(Path(config), options, place, cfg, checkpoint, args.seed, args.gpus)
         for other in jobs:
             if other.work_dir.absolute() == job.work_dir.absolute():
                 raise UserError(

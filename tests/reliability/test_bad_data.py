@@ -16,6 +16,7 @@ torch = pytest.importorskip('torch')
 pytest.importorskip('mmengine')
 
 import bad_data  # noqa: E402
+from check_cases import edit  # noqa: E402
 
 from mmcls_involution.data import images, segmentation  # noqa: E402
 from mmcls_involution.engine import samples  # noqa: E402
@@ -184,12 +185,6 @@ def test_other_forms_of_images(name, coco, run, checked, tmp_path, monkeypatch):
     wanted = np.array(expected).transpose(2, 0, 1).astype(float)
     for picture in seen:
         assert np.abs(picture.numpy() - wanted).mean() < 5
-
-
-def edit(root: Path, change: Callable[[dict], object]) -> None:
-    content = json.loads((root / 'ann.json').read_text())
-    change(content)
-    (root / 'ann.json').write_text(json.dumps(content))
 
 
 def annotation(**changes) -> Callable[[dict], None]:

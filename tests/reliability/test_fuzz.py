@@ -419,6 +419,7 @@ def test_coco_file(masks, fuzz, coco_root, tmp_path):
                 data_prefix=dict(img=str(coco_root)),
                 metainfo=dict(classes=('square', 'bar')),
                 pipeline=[],
+                serialize_data=False,  # which collects garbage each time
             )
             for index in range(len(dataset)):
                 for instance in dataset.get_data_info(index)['instances']:

@@ -183,6 +183,16 @@ def test_data_without_indices(train, tmp_path):
         train(cfg)
 
 
+@pytest.mark.parametrize('by_epoch', [False, True])
+def test_data_of_less_than_a_batch(by_epoch, build, tmp_path):
+    """Nothing would be learnt, and nothing said."""
+    cfg = toy.config(tmp_path, by_epoch)
+    cfg.train_dataloader.update(batch_size=11, drop_last=True)
+    cfg.train_dataloader.sampler.type = 'DefaultSampler'
+    with pytest.raises(ValueError, match='10 samples and gives no batch: make batch_'):
+        build(cfg).train()
+
+
 def draws() -> tuple:
     return random.random(), np.random.rand(), torch.rand(()).item()
 

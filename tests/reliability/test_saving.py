@@ -17,6 +17,7 @@ from mmengine.logging import MMLogger  # noqa: E402
 
 from mmcls_involution.engine import saving  # noqa: E402
 from mmcls_involution.engine.errors import UserError  # noqa: E402
+from mmcls_involution.engine.hooks import OwnBest  # noqa: E402
 from mmcls_involution.engine.resume import check_resume  # noqa: E402
 from mmcls_involution.engine.saving import SafeCheckpointHook, save_safely  # noqa: E402
 from mmcls_involution.weights import files  # noqa: E402
@@ -308,6 +309,31 @@ def test_best_one_is_kept_until_a_checkpoint_names_another(
     assert calls.count('epoch_2.pth') == 2
     (best,) = tmp_path.glob('best_*')
     assert best.name == 'best_accuracy_epoch_3.pth'
+
+
+@pytest.mark.parametrize('metrics', [1, 2])
+def test_score_of_a_best_one_that_is_gone(metrics, build, tmp_path, monkeypatch):
+    """A training that goes back to before another one took its place."""
+    keys = ['accuracy', 'b/accuracy'][:metrics]
+    scores = iter([s for s in (0.5, 0.2, 0.9, 0.1, 0.3, 0.4) for _ in keys])
+    monkeypatch.setattr(
+        toy.ToyMetric, 'compute_metrics', lambda *_: dict(accuracy=next(scores))
+    )
+    cfg = toy.config(tmp_path, **toy.VALIDATION)
+    cfg.val_evaluator = [
+        dict(type='ToyMetric', prefix=p) for p in (None, 'b')[:metrics]
+    ]
+    cfg.default_hooks.checkpoint.update(save_best=keys, rule='greater')
+    build(cfg).train()
+    bests = {f'best_{key.replace("/", "_")}_epoch' for key in keys}
+    assert {f.stem for f in tmp_path.glob('best_*')} == {f'{b}_3' for b in bests}
+    for file in tmp_path.glob('best_*'):
+        file.unlink()
+    cfg.resume, cfg.load_from = True, str(tmp_path / 'epoch_2.pth')
+    runner = build(cfg)
+    runner.register_hook(OwnBest())
+    runner.train()
+    assert {f.stem for f in tmp_path.glob('best_*')} == {f'{b}_4' for b in bests}
 
 
 def test_a_score_that_there_is_not(train, tmp_path):

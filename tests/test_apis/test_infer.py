@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.structures import BaseDataElement, PixelData
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -413,6 +414,16 @@ def test_odd_meta_data_name_no_classes(meta, weights, monkeypatch, cls_root, tmp
     built = build_inferencer(TINY / 'classifier.py', str(tmp_path / 'odd.pth'))
     plain = build_inferencer(TINY / 'classifier.py', weights['classifier'])
     assert built.classes == plain.classes
+
+
+@pytest.mark.parametrize('classes', [None, ['dark', 'light']])
+def test_a_config_that_names_no_data(classes, weights, monkeypatch, cls_root):
+    monkeypatch.setenv('TINY_DATA', str(cls_root))
+    cfg = Config.fromfile(TINY / 'classifier.py')
+    del cfg.test_dataloader.dataset.data_prefix
+    if classes:
+        cfg.test_dataloader.dataset.metainfo = dict(classes=classes)
+    assert build_inferencer(cfg, weights['classifier']).classes == classes
 
 
 def test_inputs_are_not_written_over(run, photos, tmp_path):

@@ -114,6 +114,22 @@ def test_stock_checkpoint_loads(stock_checkpoint):
         torch.load(stock_checkpoint, weights_only=True)  # allowed in our loader alone
 
 
+@pytest.mark.parametrize('name', ['test', 'publish', 'convert'])
+def test_folder_in_place_of_a_checkpoint(
+    name, command, cls_root, monkeypatch, tmp_path
+):
+    """The work dir, say; or what a variable that is not set makes of the name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('TINY_DATA', str(cls_root))
+    config = Path(__file__).parents[1] / 'tiny' / 'classifier.py'
+    rest = dict(test=[], publish=['a'], convert=['a.pth', '--config', config])[name]
+    for folder in (tmp_path, ''):
+        files = [config, folder] if name == 'test' else [folder]
+        message = command(name, *files, *rest)
+        place = folder or '.'
+        assert message == f'Error: {place} is a folder: name a checkpoint in it'
+
+
 class Call:
     """Pickles to a call of any function: what a malicious file holds."""
 

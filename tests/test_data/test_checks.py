@@ -74,6 +74,7 @@ def test_many_findings_in_processes(coco, tmp_path):
             ['--cfg-options', 'train_dataloader.dataset.type=CustomDatset'],
             'Did you mean CustomDataset',
         ),
+        (['--cfg-options', 'model=None'], "has no 'model'"),
     ],
 )
 def test_what_cannot_be_checked(command, tmp_path, cls, flags, message):

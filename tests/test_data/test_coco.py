@@ -134,7 +134,7 @@ def test_background_beside_a_set_with_objects(coco, run, tmp_path):
 
 
 def test_class_of_a_set_beside_others(coco, run, tmp_path):
-    """What one lacks, another one may have."""
+    """What one lacks, another one may have; what all lack is named by itself."""
     other = shutil.copytree(coco, tmp_path / 'other')
     for root, category in ((coco, 1), (other, 2)):
         edit(
@@ -147,6 +147,14 @@ def test_class_of_a_set_beside_others(coco, run, tmp_path):
         )
     assert [row[0] for row in run('detector', coco)] == ['class without objects']
     assert run('detector', coco, text=beside('detector', other)) == []
+    for root in (coco, other):
+        edit(root, lambda c: c['categories'].append(dict(id=3, name='disc')))
+    text = beside('detector', other).replace("'bar')", "'bar', 'disc')")
+    found = run('detector', coco, text=text.replace('num_classes=2', 'num_classes=3'))
+    assert found == [
+        ('class without objects', str(root / 'ann.json'), 'disc (1 of 3 classes)')
+        for root in (coco, other)
+    ]
 
 
 def test_class_without_objects_and_counts(coco, run, capsys):
@@ -345,6 +353,16 @@ def test_classes_that_do_not_fit_the_file(coco, run):
     edit(coco, lambda content: content['categories'][0].update(name='disc'))
     rules = [row[0] for row in run('detector', coco)]
     assert rules == ['classes', 'unknown category']
+
+
+def test_category_whose_name_is_no_text(coco, run):
+    def change(content):
+        content['annotations'].clear()
+        content['categories'][1]['name'] = [42]
+
+    edit(coco, change)
+    rules = [row[0] for row in run('detector', coco)]
+    assert rules == ['classes', 'nothing to train on']
 
 
 def test_masks_are_needed_where_masks_are_trained(coco, run):

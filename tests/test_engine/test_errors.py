@@ -65,6 +65,12 @@ def test_a_whole_config_is_explained_too():
     assert 'Cannot build Leaf from the config: ValueError' in message_of(cfg)
 
 
+def test_a_config_that_is_passed_by_name_is_explained_too():
+    with pytest.raises(SystemExit, match='Leaf.*ValueError: size must not be negat'):
+        with one_message_per_error():
+            PARTS.build(cfg=dict(type='Leaf', size=-1))
+
+
 def test_those_who_catch_an_error_still_do():
     with one_message_per_error():
         branch = PARTS.build(

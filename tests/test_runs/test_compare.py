@@ -79,6 +79,13 @@ def test_table_and_picture(runs, monkeypatch, tmp_path, capsys):
         assert [bool((panel < 0.02).sum() > 20) for panel in panels] == [True] * 3
 
 
+@pytest.mark.parametrize('name', ['table.md', 'picture'])
+def test_picture_of_no_kind(name, runs, monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=f'--out must be a picture.*{name}'):
+        call(monkeypatch, *runs, '--out', tmp_path / name)
+    assert not list(tmp_path.glob(f'{name}*'))
+
+
 def test_settings_of_one_config_by_name(monkeypatch, tmp_path, capsys):
     a, b = (write_run(tmp_path / f'x={lr}', 'c', 0, 30 + lr, lr=lr) for lr in (1, 2))
     with pytest.raises(SystemExit) as stopped:

@@ -114,14 +114,11 @@ def paper_job(tmp_path: Path, options: list[str]) -> object:
     """A finished test of the paper's Faster R-CNN, as far as the record goes."""
     from mmengine.config import Config
 
-    config = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
-    job = Job(config, options, tmp_path, Config.fromfile(config))
+    file = ROOT / 'configs' / 'coco' / 'faster-rcnn_rednet50_fpn_1x_coco.py'
+    job = Job(file, options, tmp_path, Config.fromfile(file))
     facts = dict(command='x', time='t', revision='r', environment={})
-    job.remember(
-        *('train',),
-        **(facts | dict(processes=8, changed=[])),
-        config=digests(job.cfg, TRAINING),
-    )
+    config = digests(job.cfg, TRAINING)
+    job.remember('train', **facts, processes=8, changed=[], config=config)
     checkpoint = str(tmp_path / 'epoch_12.pth')
     scores = {'coco/bbox_mAP': 0.396, 'coco/bbox_mAP_50': 0.61}
     job.remember(

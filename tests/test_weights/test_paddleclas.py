@@ -19,6 +19,7 @@ import pytest
 import torch
 from mmengine.runner import CheckpointLoader
 from paddleclas_cases import DEPTHS, GOLDEN, image, paddle_weights
+from weights_cases import load_anywhere
 
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.models import RedNet
@@ -147,12 +148,7 @@ def test_result_is_whole_and_loads_anywhere(folder, cache, good, weights):
     (folder / FILE).write_bytes(good)
     result = fetch(f'paddleclas://{NAME}')
     assert result.parent == cache and visible(cache) == [result.name]
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    try:
-        content = torch.load(result, weights_only=True)
-    finally:
-        torch.serialization.add_safe_globals(allowed)
+    content = load_anywhere(result)
     assert content['meta']['converted_from']['name'] == FILE
     names = {f'backbone.{name}' for name in RedNet(26).state_dict()}
     assert content['state_dict'].keys() == names | {'head.fc.weight', 'head.fc.bias'}

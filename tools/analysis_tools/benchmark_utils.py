@@ -1,4 +1,4 @@
-"""What the two benchmarks share: timing in turns, peak memory, tables."""
+"""What the benchmarks share: timing in turns, peak memory, tables."""
 
 from __future__ import annotations
 
