@@ -389,6 +389,11 @@ def main(args: argparse.Namespace) -> None:
     toolbox_model = inferencer.model
     cfg = getattr(inferencer, 'cfg', None) or inferencer.config  # MMPretrain's
     shape = args.shape or tested_size(cfg)
+    # Not with the model as it is written, in which batch norms are folded. It runs
+    # first, because --boxes sends those it refuses to the maps: there must be some.
+    reference = Exported(toolbox_model, args.backbone, fold=False)
+    image = torch.randn(2 if args.dynamic else 1, 3, *shape)
+    _outputs(reference, image)  # before the exporter says it in its words
     model = (
         WithBoxes(toolbox_model)
         if args.boxes
@@ -403,10 +408,13 @@ def main(args: argparse.Namespace) -> None:
             f'test: give it windows of --shape {size}, and average where they overlap.',
             highlight=False,
         )
-    # Not with the model as it is written, in which batch norms are folded.
-    reference = Exported(toolbox_model, args.backbone, fold=False)
-    image = torch.randn(2 if args.dynamic else 1, 3, *shape)
-    _outputs(reference, image)  # before the exporter says it in its words
+    if model.kind == 'detector' and getattr(toolbox_model, 'semantic_head', None):
+        console.print(
+            f'{type(toolbox_model).__name__} has a semantic_head too, which the file '
+            'leaves out: detections() makes boxes and masks of its outputs, no maps of '
+            'stuff. In PyTorch the head takes the outputs feature0, feature1, ...',
+            highlight=False,
+        )
     about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')
     try:

@@ -416,6 +416,21 @@ def test_windows_of_a_segmenter_are_not_in_the_file(
     assert ('windows of --shape 64 96' in printed) == (mode == 'slide')
 
 
+@pytest.mark.parametrize('semantic', [True, False])
+def test_a_semantic_head_is_not_in_the_file(semantic, monkeypatch, tmp_path, capsys):
+    class Head(nn.Module):
+        def forward(self, features):
+            return features, features
+
+    model = nn.ModuleDict({'rpn_head': Head()})
+    model.extract_feat = lambda image: (image,)
+    model.semantic_head = nn.Conv2d(3, 2, 1) if semantic else None
+    options = ['--shape', '8', '9', '--format', 'pt2']
+    command(monkeypatch, model, '--out', tmp_path / 'm.pt2', *options, backbone=False)
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert ('ModuleDict has a semantic_head too' in printed) == semantic
+
+
 def test_zeros_equal_zeros():
     layer = Tuple(nn.Conv2d(3, 4, 1, bias=False))
     model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
