@@ -187,13 +187,16 @@ def export_pt2(
         ) from error
     if decompose:
         operators = torch.ops.mmcls_involution
+        forms = (standard.involution2d, standard.fused_involution2d)
+        if dynamic:
+            forms = (standard.involution2d_by_rows, standard.fused_involution2d_by_rows)
+        given, fused = forms
         program = program.run_decompositions(
-            {
-                operators.involution2d.default: lambda *a: standard.involution2d(
-                    *a[:5]
-                ),
-                operators.fused_involution2d.default: (
-                    lambda *a: standard.fused_involution2d(*a[:8])
+            {  # but for the last argument, the backend
+                operators.involution2d.default: lambda *a: given(*a[:-1]),
+                operators.fused_involution2d.default: lambda *a: fused(*a[:-1]),
+                operators.involution2d_grad_weight.default: (
+                    lambda *a: standard.grad_of_weight(*a[:-1])
                 ),
             }
         )
@@ -238,7 +241,8 @@ def _outputs(model: Exported, image: Tensor) -> tuple[Tensor, ...]:
     try:
         with torch.no_grad():
             return model(image)
-    except RuntimeError as error:  # of a pool or convolution that nothing is left for
+    # Of a pool or convolution that nothing is left for, or a norm over one value.
+    except (RuntimeError, ValueError) as error:
         height, width = image.shape[2:]
         raise UserError(
             f'The model does not take an image of {height}x{width}: {error}. Give a '

@@ -133,7 +133,7 @@ def _logits(head: nn.Module, features: Any) -> Tensor:
 def _folded(model: nn.Module) -> nn.Module:
     """The model with its batch norms in the convolutions before them.
 
-    As it was where MMCV, which takes for a pair what was registered in a row, ends in an
+    As it was where MMCV, which takes for a pair what was registered in turn, ends in an
     error: their channels differ, or the norm has no statistics or weights.
     """
     try:
