@@ -191,13 +191,16 @@ def export_pt2(
         ) from error
     if decompose:
         operators = torch.ops.mmcls_involution
+        forms = (standard.involution2d, standard.fused_involution2d)
+        if dynamic:
+            forms = (standard.involution2d_by_rows, standard.fused_involution2d_by_rows)
+        given, fused = forms
         program = program.run_decompositions(
-            {
-                operators.involution2d.default: lambda *a: standard.involution2d(
-                    *a[:5]
-                ),
-                operators.fused_involution2d.default: (
-                    lambda *a: standard.fused_involution2d(*a[:8])
+            {  # but for the last argument, the backend
+                operators.involution2d.default: lambda *a: given(*a[:-1]),
+                operators.fused_involution2d.default: lambda *a: fused(*a[:-1]),
+                operators.involution2d_grad_weight.default: (
+                    lambda *a: standard.grad_of_weight(*a[:-1])
                 ),
             }
         )
@@ -242,7 +245,8 @@ def _outputs(model: Exported, image: Tensor) -> tuple[Tensor, ...]:
     try:
         with torch.no_grad():
             return model(image)
-    except RuntimeError as error:  # of a pool or convolution that nothing is left for
+    # Of a pool or convolution that nothing is left for, or a norm over one value.
+    except (RuntimeError, ValueError) as error:
         height, width = image.shape[2:]
         raise UserError(
             f'The model does not take an image of {height}x{width}: {error}. Give a '
@@ -393,6 +397,11 @@ def main(args: argparse.Namespace) -> None:
     toolbox_model = inferencer.model
     cfg = getattr(inferencer, 'cfg', None) or inferencer.config  # MMPretrain's
     shape = args.shape or tested_size(cfg)
+    # Not with the model as it is written, in which batch norms are folded. It runs
+    # first, because --boxes sends those it refuses to the maps: there must be some.
+    reference = Exported(toolbox_model, args.backbone, fold=False)
+    image = torch.randn(2 if args.dynamic else 1, 3, *shape)
+    _outputs(reference, image)  # before the exporter says it in its words
     model = (
         WithBoxes(toolbox_model)
         if args.boxes
@@ -407,10 +416,13 @@ def main(args: argparse.Namespace) -> None:
             f'test: give it windows of --shape {size}, and average where they overlap.',
             highlight=False,
         )
-    # Not with the model as it is written, in which batch norms are folded.
-    reference = Exported(toolbox_model, args.backbone, fold=False)
-    image = torch.randn(2 if args.dynamic else 1, 3, *shape)
-    _outputs(reference, image)  # before the exporter says it in its words
+    if model.kind == 'detector' and getattr(toolbox_model, 'semantic_head', None):
+        console.print(
+            f'{type(toolbox_model).__name__} has a semantic_head too, which the file '
+            'leaves out: detections() makes boxes and masks of its outputs, no maps of '
+            'stuff. In PyTorch the head takes the outputs feature0, feature1, ...',
+            highlight=False,
+        )
     about = metadata(toolbox_model, class_names(inferencer), shape)
     partial = out.with_name(f'.{out.name}')
     try:

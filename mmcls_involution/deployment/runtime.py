@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,22 +43,28 @@ def register_custom_operators(session_options: Any) -> None:
 
 
 def detections(
-    model: torch.nn.Module, outputs: list[Tensor], image_shape: tuple[int, int]
+    model: torch.nn.Module,
+    outputs: Sequence[Tensor | np.ndarray],
+    image_shape: tuple[int, int],
 ) -> list[Any]:
     """The boxes that an exported detector's outputs mean, by the toolbox's own code.
 
     Args:
         model (torch.nn.Module): MMDetection's detector, from the same config and
             checkpoint.
-        outputs (list[Tensor]): All outputs of the file, in its order.
+        outputs (Sequence[Tensor | np.ndarray]): All outputs of the file, in its order.
         image_shape (tuple[int, int]): Height and width of the images that went in.
 
     Returns:
         list[InstanceData]: For each image boxes ``[n, 4]`` in its pixels, scores and
         labels; of Mask R-CNN masks too.
+
+    Raises:
+        UserError: If there are fewer or more outputs than such a file has.
     """
     from mmdet.structures import DetDataSample
 
+    outputs = [torch.as_tensor(output) for output in outputs]
     count = len(outputs[0])
     meta = dict(
         img_shape=image_shape,
@@ -68,6 +76,14 @@ def detections(
     two_stages = hasattr(model, 'roi_head')
     head = model.rpn_head if two_stages else model.bbox_head
     levels = head.prior_generator.num_levels
+    kinds = ('feature', 'score', 'box') if two_stages else ('score', 'box')
+    if len(outputs) != len(kinds) * levels:
+        names = ', '.join(f'{kind}0 to {kind}{levels - 1}' for kind in kinds)
+        raise UserError(
+            f'{len(outputs)} outputs: {type(model).__name__} exported without --boxes '
+            f'has {len(kinds) * levels}, {names}. Give all of them; a file with '
+            '--boxes gives boxes itself.'
+        )
     scores, boxes = outputs[-2 * levels : -levels], outputs[-levels:]
     with torch.no_grad():
         found = head.predict_by_feat(

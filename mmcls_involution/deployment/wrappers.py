@@ -31,12 +31,11 @@ class Exported(nn.Module):
         has_backbone = hasattr(model, 'backbone')
         if backbone and not has_backbone:
             raise UserError(f'--backbone: {type(model).__name__} has no backbone.')
-        model = copy.deepcopy(model)
-        model.eval()  # MMPretrain's returns None
-        model.requires_grad_(False)
-        if fold:
-            model = _replace_layers(fuse_conv_bn(model))
-        self.model = model.backbone if backbone else model
+        # Of the part alone: what cannot be folded may be elsewhere.
+        part = copy.deepcopy(model.backbone if backbone else model)
+        part.eval()  # MMPretrain's returns None
+        part.requires_grad_(False)
+        self.model = _replace_layers(_folded(part)) if fold else part
         if backbone:
             self.kind = 'backbone'
         elif hasattr(model, 'decode_head') and not isinstance(
@@ -79,6 +78,13 @@ class Exported(nn.Module):
                 '--backbone exports the backbone.'
             )
         scores, boxes = maps
+        for level in (*scores, *boxes):
+            if not isinstance(level, Tensor):
+                raise UserError(
+                    f'{type(head).__name__} gives a {type(level).__name__} for each '
+                    'level. Detectors whose head gives one tensor of scores and one of '
+                    'boxes are exported; of others --backbone exports the backbone.'
+                )
         return (*features, *scores, *boxes) if two_stages else (*scores, *boxes)
 
     def names(self, outputs: tuple[Tensor, ...]) -> list[str]:
@@ -122,6 +128,18 @@ def _logits(head: nn.Module, features: Any) -> Tensor:
             'exports the backbone.'
         )
     return logits
+
+
+def _folded(model: nn.Module) -> nn.Module:
+    """The model with its batch norms in the convolutions before them.
+
+    As it was where MMCV, which takes for a pair what was registered in turn, ends in an
+    error: their channels differ, or the norm has no statistics or weights.
+    """
+    try:
+        return fuse_conv_bn(copy.deepcopy(model))
+    except (RuntimeError, TypeError, AttributeError):
+        return model
 
 
 class _AnySizePool(nn.Module):

@@ -156,8 +156,9 @@ _product = transformable(_grad_of_weight, _save_two, _grad_weight_backward)
 
 
 def grad_of_weight(grad: Tensor, input: Tensor, *arguments) -> Tensor:
-    # The attention generators call it in the forward pass. ONNX has no form of it kept.
-    if torch.onnx.is_in_onnx_export():
+    # The attention generators call it in the forward pass. ONNX has no form of it kept,
+    # and to torch.jit.trace the shape is made of tensors, which no operator takes.
+    if torch.onnx.is_in_onnx_export() or torch.jit.is_tracing():
         return standard.grad_of_weight(grad, input, *arguments[:4])
     return _product(grad, input, *arguments)
 

@@ -101,6 +101,51 @@ def fused_involution2d(
     )
 
 
+def involution2d_by_rows(
+    input: Tensor,
+    weight: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Without tiles, a row of taps at a time, for ``torch.export`` of any size.
+
+    It takes over from its example whether a width fills the last tile, and its programs
+    refuse images for which that is otherwise.
+    """
+    groups, rows, columns, height, width = weight.shape[1:]
+    images = F.pad(input, (0, 0, padding[0], padding[0]))
+    out = None
+    for u in range(rows):
+        first = u * dilation[0]
+        lines = images[:, :, first : first + (height - 1) * stride[0] + 1]
+        pixels = F.unfold(
+            lines[:, :, :: stride[0]],
+            (1, columns),
+            dilation=(1, dilation[1]),
+            padding=(0, padding[1]),
+            stride=(1, stride[1]),
+        )
+        pixels = pixels.unflatten(2, (height, width)).unflatten(1, (-1, columns))
+        pixels = pixels.unflatten(1, (groups, -1))  # N, G, C/G, Kw, Ho, Wo
+        part = (pixels * weight[:, :, None, u]).sum(3)
+        out = part if out is None else out + part
+    return out.flatten(1, 2)
+
+
+def fused_involution2d_by_rows(
+    input: Tensor,
+    reduced: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    kernel_size: Sequence[int],
+    *arguments: Sequence[int],
+) -> Tensor:
+    """See :func:`involution2d_by_rows`."""
+    kernels = F.conv2d(reduced, weight, bias).unflatten(1, (-1, *kernel_size))
+    return involution2d_by_rows(input, kernels, *arguments)
+
+
 def grad_of_weight(
     grad: Tensor,
     input: Tensor,

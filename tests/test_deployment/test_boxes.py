@@ -223,3 +223,20 @@ def test_boxes_are_those_of_detectors():
     classifier = nn.ModuleDict({'backbone': nn.Identity(), 'head': nn.Identity()})
     with pytest.raises(UserError, match='--boxes: ModuleDict is no detector'):
         WithBoxes(classifier)
+
+
+@needs_onnx
+def test_detectors_that_are_not_exported_at_all_are_not_sent_to_maps(
+    monkeypatch, tmp_path
+):
+    """FCOS, for one, has no anchors and a third map."""
+
+    class Head(nn.Module):
+        def forward(self, features):
+            return features, features, features
+
+    model = nn.ModuleDict({'bbox_head': Head()})
+    model.extract_feat = lambda image: (image,)
+    options = ['--out', tmp_path / 'model.onnx', '--boxes', '--shape', '8', '9']
+    with pytest.raises(UserError, match='Head gives 3 kinds .* --backbone exports'):
+        command(monkeypatch, model, *options, backbone=False)

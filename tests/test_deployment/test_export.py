@@ -200,16 +200,24 @@ def test_detectors_and_their_boxes(name, exporter, tmp_path):
     torch.testing.assert_close(found.scores, expected.scores, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize('dynamic', [True, False])
 @pytest.mark.parametrize('decompose', [True, False])
-def test_pt2(decompose, tmp_path):
-    if not decompose:
+def test_pt2(decompose, dynamic, tmp_path):
+    if dynamic:
         needs_pooling_of_any_size()
-    layer = nn.Sequential(Involution2d(16, stride=2))
+    layer = nn.Sequential(
+        Involution2d(16, stride=2, fused=True, init='identity'),
+        Involution2d(16, 3, generator='attention'),
+    )
+    # Near the identity, lest rounding grow.
+    nn.init.normal_(layer[0].conv2.conv.weight, std=0.05)
     model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
     file = tmp_path / 'model.pt2'
     image = torch.randn(2, 16, 19, 23)
-    export.export_pt2(model, image, file, dynamic=not decompose, decompose=decompose)
-    shapes = [tuple(image.shape)] + ([] if decompose else [(3, 16, 31, 44)])
+    export.export_pt2(model, image, file, dynamic=dynamic, decompose=decompose)
+    # Of 12 columns, of 21 and 7, which are tiles of the form for one size, and of 22.
+    others = [(3, 16, 31, 42), (1, 16, 5, 14), (1, 16, 9, 44)] if dynamic else []
+    shapes = [tuple(image.shape), *others]
     export.compare(model, export.load(file, 'pt2'), shapes)
     targets = {str(node.target) for node in torch.export.load(file).graph.nodes}
     assert any('mmcls_involution' in name for name in targets) != decompose
@@ -346,9 +354,16 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
-@pytest.mark.parametrize('kernel, options', [(6, []), (4, ['--dynamic'])])
-def test_an_image_that_is_too_small_is_named(kernel, options, monkeypatch, tmp_path):
-    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, (kernel, 1)))})
+@pytest.mark.parametrize(
+    'layer, options',
+    [
+        (nn.Conv2d(3, 4, (6, 1)), []),
+        (nn.Conv2d(3, 4, (4, 1)), ['--dynamic']),
+        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(3, 3)), []),
+    ],
+)
+def test_an_image_that_is_too_small_is_named(layer, options, monkeypatch, tmp_path):
+    model = nn.ModuleDict({'backbone': Tuple(layer)})
     with pytest.raises(UserError, match='not take an image of .x.*larger --shape'):
         command(
             *(monkeypatch, model, '--out', tmp_path / 'model.pt2'),
@@ -414,6 +429,21 @@ def test_windows_of_a_segmenter_are_not_in_the_file(
     printed = ' '.join(capsys.readouterr().out.split())
     assert ('tests images in windows' in printed) == (mode == 'slide')
     assert ('windows of --shape 64 96' in printed) == (mode == 'slide')
+
+
+@pytest.mark.parametrize('semantic', [True, False])
+def test_a_semantic_head_is_not_in_the_file(semantic, monkeypatch, tmp_path, capsys):
+    class Head(nn.Module):
+        def forward(self, features):
+            return features, features
+
+    model = nn.ModuleDict({'rpn_head': Head()})
+    model.extract_feat = lambda image: (image,)
+    model.semantic_head = nn.Conv2d(3, 2, 1) if semantic else None
+    options = ['--shape', '8', '9', '--format', 'pt2']
+    command(monkeypatch, model, '--out', tmp_path / 'm.pt2', *options, backbone=False)
+    printed = ' '.join(capsys.readouterr().out.split())
+    assert ('ModuleDict has a semantic_head too' in printed) == semantic
 
 
 def test_zeros_equal_zeros():

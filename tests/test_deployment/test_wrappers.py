@@ -43,9 +43,17 @@ class _Two(nn.Module):
         return features[0], features[0]
 
 
+class _Pairs(nn.Module):
+    """A head whose boxes are two maps of each level, as SABLRetinaHead's are."""
+
+    def forward(self, features):
+        return [features[0]], [(features[0], features[0])]
+
+
 @pytest.mark.parametrize(
     'parts, message',
     [
+        (dict(bbox_head=_Pairs()), '_Pairs gives a tuple for each level'),
         (dict(bbox_head=_Needs()), '_Needs does not take feature maps alone: '),
         (dict(decode_head=_Needs()), '_Needs does not take feature maps alone: '),
         # CascadeRPNHead has no forward: it predicts in stages
@@ -74,3 +82,33 @@ def test_models_without_head_or_backbone_are_refused():
         Exported(tracker)
     with pytest.raises(UserError, match='--backbone: ModuleDict has no backbone'):
         Exported(tracker, backbone=True)
+
+
+class _Apart(nn.Module):
+    """A norm that follows a convolution by name alone, as in NAS-FCOS."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.last = nn.Conv2d(3, 4, 1)
+        self.first = norm
+
+    def forward(self, x):
+        return (self.last(self.first(x)),)
+
+
+@pytest.mark.parametrize(
+    'norm',
+    [
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3, track_running_stats=False),
+        nn.BatchNorm2d(3, affine=False),
+    ],
+    ids=['channels', 'no statistics', 'no weights'],
+)
+def test_norms_that_cannot_be_folded_stay(norm):
+    model = nn.ModuleDict({'backbone': _Apart(norm)}).eval()
+    image = torch.randn(2, 3, 4, 5)
+    exported = Exported(model, backbone=True)
+    torch.testing.assert_close(exported(image), model.backbone(image))
+    exported = Exported(nn.ModuleDict({'backbone': nn.Identity(), 'head': model}))
+    assert isinstance(exported.model.head.backbone.first, nn.BatchNorm2d)

@@ -309,6 +309,14 @@ def test_flops_are_those_of_the_formula(generator, stride):
     assert counter.get_total_flops() == 2 * (generate + outputs * k**2 * c)
 
 
+@every_generator
+@pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
+def test_traces_of_torchscript(generator):
+    module = Involution2d(32, 3, stride=2, generator=generator).eval()
+    x = torch.randn(2, 32, 9, 8)
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+
+
 def test_state_dict_has_the_official_names():
     state = Involution2d(32, stride=2).state_dict()
     assert {name: tuple(value.shape) for name, value in state.items()} == {

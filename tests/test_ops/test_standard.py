@@ -31,9 +31,8 @@ def test_standard_operators_agree_with_the_reference(turn):
     image, grad = draw(batch, channels, *size), draw(batch, channels, height, width)
     weight = draw(batch, groups, kernel, kernel, height, width)
     expected = involution2d(image, weight, *arguments, backend='reference')
-    torch.testing.assert_close(
-        standard.involution2d(image, weight, *arguments), expected
-    )
+    for form in (standard.involution2d, standard.involution2d_by_rows):
+        torch.testing.assert_close(form(image, weight, *arguments), expected)
 
     torch.testing.assert_close(
         standard.grad_of_weight(grad, image, weight.shape, *arguments),
@@ -45,11 +44,9 @@ def test_standard_operators_agree_with_the_reference(turn):
     bias = random.choice([None, draw(len(span))])
     names = ('stride', 'padding', 'dilation')
     options = dict(zip(names, arguments, strict=True))
-    torch.testing.assert_close(
-        standard.fused_involution2d(
-            image, small, span, bias, (kernel, kernel), *arguments
-        ),
-        fused_involution2d(
-            image, small, span, bias, kernel_size=kernel, backend='reference', **options
-        ),
+    expected = fused_involution2d(
+        image, small, span, bias, kernel_size=kernel, backend='reference', **options
     )
+    for form in (standard.fused_involution2d, standard.fused_involution2d_by_rows):
+        found = form(image, small, span, bias, (kernel, kernel), *arguments)
+        torch.testing.assert_close(found, expected)
