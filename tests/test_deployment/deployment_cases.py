@@ -67,8 +67,8 @@ def command(
     export.main(parser.parse_args(['CONFIG', *options, *map(str, arguments)]))
 
 
-class Tuple(nn.Module):
-    """A layer as a backbone, whose outputs are several."""
+class _Tuple(nn.Module):
+    """Outputs of a backbone are several."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -76,3 +76,8 @@ class Tuple(nn.Module):
 
     def forward(self, x):
         return (self.layer(x),)
+
+
+def around(layer: nn.Module) -> nn.Module:
+    """A model whose backbone is a layer."""
+    return nn.ModuleDict({'backbone': _Tuple(layer)})

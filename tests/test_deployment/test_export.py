@@ -11,7 +11,7 @@ import pytest
 import torch
 from deployment_cases import (
     SLIM,
-    Tuple,
+    around,
     command,
     needs_library,
     needs_onnx,
@@ -82,8 +82,8 @@ def test_backbone_of_any_size(exporter, operator, tmp_path):
 @pytest.mark.parametrize('generator', ['linear', 'attention'])
 def test_other_generators(generator, exporter, tmp_path):
     """Attention exports for the size of its example."""
-    layer = nn.Sequential(Involution2d(16, 3, stride=2, generator=generator))
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    layer = Involution2d(16, 3, stride=2, generator=generator)
+    model = Exported(around(layer), backbone=True)
     image = torch.randn(2, 16, 19, 23)
     file = tmp_path / 'model.onnx'
     export.export_onnx(model, image, file, exporter=exporter)
@@ -100,8 +100,7 @@ def test_custom_operator_with_kernels_as_an_input(arguments, exporter, tmp_path)
     import onnx
 
     needs_library()
-    layer = nn.Sequential(Involution2d(16, 3, stride=2, **arguments))
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    model = Exported(around(Involution2d(16, 3, stride=2, **arguments)), backbone=True)
     image, file = torch.randn(2, 16, 19, 23), tmp_path / 'model.onnx'
     export.export_onnx(model, image, file, exporter=exporter, operator='custom')
     run = export.load(file, 'onnx', threads=1, operator='custom')
@@ -116,8 +115,7 @@ def test_sizes_behind_custom_operators_are_known(exporter, tmp_path):
     """Without them ONNX Runtime does not put the addition behind into a convolution."""
     import onnx
 
-    layer = nn.Sequential(Involution2d(16, stride=2))
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    model = Exported(around(Involution2d(16, stride=2)), backbone=True)
     file = tmp_path / 'model.onnx'
     options = dict(exporter=exporter, operator='custom')
     export.export_onnx(model, torch.randn(2, 16, 19, 23), file, **options)
@@ -134,8 +132,7 @@ def test_custom_operators_say_what_fails(tmp_path):
     import onnx
 
     needs_library()
-    layer = nn.Sequential(Involution2d(16, 3))
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    model = Exported(around(Involution2d(16, 3)), backbone=True)
     image, file = torch.randn(1, 16, 5, 7), tmp_path / 'model.onnx'
     export.export_onnx(model, image, file, operator='custom')
     content = onnx.load(file)
@@ -211,7 +208,7 @@ def test_pt2(decompose, dynamic, tmp_path):
     )
     # Near the identity, lest rounding grow.
     nn.init.normal_(layer[0].conv2.conv.weight, std=0.05)
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    model = Exported(around(layer), backbone=True)
     file = tmp_path / 'model.pt2'
     image = torch.randn(2, 16, 19, 23)
     export.export_pt2(model, image, file, dynamic=dynamic, decompose=decompose)
@@ -294,7 +291,7 @@ def test_command_compares_with_the_model_as_it_was(monkeypatch, tmp_path):
 
 def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
     out = tmp_path / 'model.pt2'
-    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, 1))})
+    model = around(nn.Conv2d(3, 4, 1))
     command(monkeypatch, model, '--out', out, '--format', 'pt2')
     about = {'classes': '', 'size': ''}
     torch.export.load(out, extra_files=about)
@@ -336,7 +333,7 @@ def test_only_custom_operators_need_the_kernels(monkeypatch, tmp_path):
 
     monkeypatch.setattr(export, 'register_custom_operators', missing)
     out = tmp_path / 'model.onnx'
-    model = nn.ModuleDict({'backbone': Tuple(nn.Conv2d(3, 4, 1))})
+    model = around(nn.Conv2d(3, 4, 1))
     command(monkeypatch, model, '--out', out)
     assert out.is_file()
     with pytest.raises(UserError, match='were not built'):
@@ -363,7 +360,7 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
     ],
 )
 def test_an_image_that_is_too_small_is_named(layer, options, monkeypatch, tmp_path):
-    model = nn.ModuleDict({'backbone': Tuple(layer)})
+    model = around(layer)
     with pytest.raises(UserError, match='not take an image of .x.*larger --shape'):
         command(
             *(monkeypatch, model, '--out', tmp_path / 'model.pt2'),
@@ -447,15 +444,13 @@ def test_a_semantic_head_is_not_in_the_file(semantic, monkeypatch, tmp_path, cap
 
 
 def test_zeros_equal_zeros():
-    layer = Tuple(nn.Conv2d(3, 4, 1, bias=False))
-    model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
+    model = Exported(around(nn.Conv2d(3, 4, 1, bias=False)), backbone=True)
     nn.init.zeros_(model.model.layer.weight)
     assert export.compare(model, model, [(1, 3, 5, 7)]) == 0
 
 
 def test_a_file_that_differs_is_refused():
-    layer = Tuple(Involution2d(16))
-    model = Exported(nn.ModuleDict({'backbone': layer}), backbone=True)
+    model = Exported(around(Involution2d(16)), backbone=True)
     with pytest.raises(UserError, match='feature0 for an image .* by .*1e-05 is'):
         export.compare(
             model, lambda image: [model(image)[0] * (1 + 2e-5)], [(1, 16, 9, 9)]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from deployment_cases import Tuple, needs_library, needs_onnx, needs_onnxscript
+from deployment_cases import around, needs_library, needs_onnx, needs_onnxscript
 from torch import nn
 
 from mmcls_involution.deployment import export
@@ -33,8 +33,7 @@ each_operator = pytest.mark.parametrize('operator', ['standard', 'custom'])
 )
 def test_any_size(fused, arguments, operator, tmp_path):
     """Batches and sizes that the example is not of, down to one pixel."""
-    layer = nn.Sequential(Involution2d(32, fused=fused, **arguments))
-    check(layer, operator, tmp_path)
+    check(Involution2d(32, fused=fused, **arguments), operator, tmp_path)
 
 
 class _WithoutBias(nn.Module):
@@ -55,7 +54,7 @@ def test_without_bias(operator, tmp_path):
 
 def check(layer: nn.Module, operator: str, folder: Path) -> None:
     needs_library(operator)
-    model = Exported(nn.ModuleDict({'backbone': Tuple(layer)}), backbone=True)
+    model = Exported(around(layer), backbone=True)
     file = folder / 'model.onnx'
     image = torch.randn(2, 32, 19, 23)
     options = dict(exporter='dynamo', operator=operator)

@@ -22,7 +22,6 @@ from mmcls_involution.ops.backends.contract import Problem
 ROOT = Path(__file__).parents[2]
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 pytest.importorskip(**WITH_TRITON)
-NAMES = ('forward', 'grad_input', 'grad_weight')
 
 
 @pytest.fixture
