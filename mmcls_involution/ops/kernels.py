@@ -13,7 +13,7 @@ from .modules import Involution2d
 
 @contextmanager
 def record_kernels(
-    model: nn.Module, layers: Collection[str] | None = None
+    model: nn.Module, layers: Collection[str] | str | None = None
 ) -> Iterator[dict[str, list[Tensor]]]:
     """Record the kernels of every involution that runs while this is open.
 
@@ -24,8 +24,9 @@ def record_kernels(
 
     Args:
         model (nn.Module): Any model with involutions, or one itself.
-        layers (Collection[str], optional): Dotted names of the involutions to record,
-            as in ``model.named_modules()``. Defaults to None: all of them.
+        layers (Collection[str] | str, optional): Dotted names of the involutions to
+            record, or one name, as in ``model.named_modules()``. Defaults to None: all
+            of them.
 
     Yields:
         dict[str, list[Tensor]]: By the names of layers, in the model's order: the
@@ -53,6 +54,8 @@ def record_kernels(
     }
     if not involutions:
         raise ValueError(f'{type(model).__name__} has no Involution2d')
+    if isinstance(layers, str):  # else a collection of letters
+        layers = (layers,)
     unknown = set(layers or ()) - set(involutions)
     if unknown:
         raise ValueError(

@@ -113,7 +113,8 @@ def test_a_checkpointed_layer_is_recorded_once(use_reentrant):
     assert len(kernels['head']) == 2
 
 
-def test_the_fused_path_stays(monkeypatch):
+@pytest.mark.parametrize('layers', [['head'], 'head'])
+def test_the_fused_path_stays(layers, monkeypatch):
     calls = []
     stock = Involution2d._plain_span
     monkeypatch.setattr(
@@ -122,7 +123,7 @@ def test_the_fused_path_stays(monkeypatch):
         lambda layer: calls.append(stock(layer)) or calls[-1],
     )
     model = Shared()
-    with record_kernels(model, ['head']) as kernels:
+    with record_kernels(model, layers) as kernels:
         model([torch.rand(1, 16, 4, 4)])
     assert calls == [model.head.conv2.conv]
     assert [*kernels] == ['head']
