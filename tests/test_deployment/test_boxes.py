@@ -11,6 +11,7 @@ from mmdet.models.dense_heads import EmbeddingRPNHead
 from mmdet.models.losses import SeesawLoss
 from torch import nn
 
+from mmcls_involution.deployment import detections
 from mmcls_involution.deployment.boxes import WithBoxes, check_boxes
 from mmcls_involution.engine.errors import UserError
 
@@ -240,3 +241,16 @@ def test_detectors_that_are_not_exported_at_all_are_not_sent_to_maps(
     options = ['--out', tmp_path / 'model.onnx', '--boxes', '--shape', '8', '9']
     with pytest.raises(UserError, match='Head gives 3 kinds .* --backbone exports'):
         command(monkeypatch, model, *options, backbone=False)
+
+
+@pytest.mark.parametrize('name, count', [('retinanet', 10), ('faster-rcnn', 15)])
+def test_detections_take_arrays_and_all_outputs_alone(name, count):
+    model = detector(name)
+    with torch.no_grad():
+        dets, labels, *maps = WithBoxes(model)(torch.randn(1, 3, 96, 128))
+    (expected,) = detections(model, maps, (96, 128))
+    (found,) = detections(model, [value.numpy() for value in maps], (96, 128))
+    torch.testing.assert_close(found.bboxes, expected.bboxes)
+    for outputs in ([dets, labels], maps[1:], [*maps, labels]):
+        with pytest.raises(UserError, match=f'{len(outputs)} outputs: .* has {count}'):
+            detections(model, outputs, (96, 128))
