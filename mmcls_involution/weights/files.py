@@ -172,7 +172,8 @@ def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str |
         Path | str | None: The file; or the address, where ``last_checkpoint`` has one.
     """
     numbers = checkpoint_files(work_dir, cfg)
-    candidates = sorted(numbers, key=_age, reverse=True)
+    # Of one time, as file systems count in steps of up to seconds, by their numbers.
+    candidates = sorted(numbers, key=lambda f: (_age(f), numbers[f]), reverse=True)
     pointer = work_dir / 'last_checkpoint'
     if pointer.is_file():
         text = pointer.read_text(errors='replace').strip()
@@ -190,7 +191,7 @@ def latest_checkpoint(work_dir: Path, cfg: Config | None = None) -> Path | str |
             newer = [
                 file
                 for file in candidates
-                if _age(file) > _age(named) and numbers[file] > numbers[named]
+                if _age(file) >= _age(named) and numbers[file] > numbers[named]
             ]
             rest = [file for file in candidates if file not in (*newer, named)]
             candidates = [*newer, named, *rest]

@@ -450,5 +450,7 @@ def test_out_dir_that_is_the_work_dir(tmp_path):
     cfg.default_hooks.checkpoint.update(hook)
     for number in (9, 10):
         torch.save({}, tmp_path / f'a_{number}.pth')
+        os.utime(tmp_path / f'a_{number}.pth', (1, 1))  # within a step of the clock
+    assert files.latest_checkpoint(tmp_path, cfg).name == 'a_10.pth'
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'a_9.pth'))
     assert files.latest_checkpoint(tmp_path, cfg).name == 'a_10.pth'
