@@ -190,7 +190,8 @@ void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step
                 Scratch<A> &s, A *out, int64_t out_row, int64_t out_column) {
   constexpr int N = kLanes<A>;
   const int64_t *offset = s.offset.data;
-  const auto sum_all = [&](auto pixels, auto &&sum_some) {
+  // By rows of k taps, of 0 tap by tap.
+  const auto sum = [&](auto pixels, auto k, auto step) {
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < columns; j += pixels()) {
         // The last pixels are moved left, or reach beyond the row: what they overwrite
@@ -200,35 +201,26 @@ void sum_pixels(const A *source, int64_t rows, int64_t columns, int64_t row_step
         const A *kernels = s.kernels.data + i * columns + column;
         A *to = out + i * out_row + column * out_column;
         for_vectors<A>(channels, [&](int64_t c, auto n, int64_t) {
-          sum_some(n, from + c, kernels, to + c);
+          if constexpr (n() == N && k() > 0)
+            sum_rows_of_taps<N, pixels(), k(), step()>(from + c, channels, offset, taps,
+                                                       kernels, to + c, out_column, s.zeros);
+          else
+            sum_taps<n(), pixels()>(from + c, column_step, offset, taps, kernels, to + c,
+                                    out_column, s.zeros);
         });
       }
   };
-  const auto sum = [&](auto pixels) {
-    const auto rows_of_taps = [&](auto k, auto step) {
-      sum_all(pixels, [&](auto n, const A *from, const A *kernels, A *to) {
-        if constexpr (n() == N)
-          sum_rows_of_taps<N, pixels(), k(), step()>(from, channels, offset, taps, kernels,
-                                                     to, out_column, s.zeros);
-        else
-          sum_taps<n(), pixels()>(from, column_step, offset, taps, kernels, to, out_column,
-                                  s.zeros);
-      });
-    };
+  const auto sum_all = [&](auto pixels) {
     const int64_t step = column_step / channels;
-    if (row_of_taps == 3 && step == 1) rows_of_taps(Constant<3>{}, Constant<1>{});
-    else if (row_of_taps == 7 && step == 1) rows_of_taps(Constant<7>{}, Constant<1>{});
-    else if (row_of_taps == 7 && step == 2) rows_of_taps(Constant<7>{}, Constant<2>{});
-    else
-      sum_all(pixels, [&](auto n, const A *from, const A *kernels, A *to) {
-        sum_taps<n(), pixels()>(from, column_step, offset, taps, kernels, to, out_column,
-                                s.zeros);
-      });
+    if (row_of_taps == 3 && step == 1) sum(pixels, Constant<3>{}, Constant<1>{});
+    else if (row_of_taps == 7 && step == 1) sum(pixels, Constant<7>{}, Constant<1>{});
+    else if (row_of_taps == 7 && step == 2) sum(pixels, Constant<7>{}, Constant<2>{});
+    else sum(pixels, Constant<0>{}, Constant<0>{});
   };
   const auto computed = [&](int64_t pixels) { return ceil_div(columns, pixels) * pixels; };
   if (columns >= kMorePixels && computed(kMorePixels) <= computed(kPixels))
-    sum(Constant<kMorePixels>{});
-  else sum(Constant<kPixels>{});
+    sum_all(Constant<kMorePixels>{});
+  else sum_all(Constant<kPixels>{});
 }
 
 // Rows of a tile whose kernels are held at once. A power of two: where it can be, the first
