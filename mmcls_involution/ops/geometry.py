@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Pair = Sequence[int]  # (height, width) in pixels
@@ -25,6 +26,19 @@ def output_size(
         )
     )
     return height, width
+
+
+def outside(
+    input: Tensor,
+    taps: Shape,
+    stride: int | Pair,
+    padding: int | Pair,
+    dilation: int | Pair,
+) -> Tensor:
+    """Which taps are outside the image, bool of shape ``taps``, [Kh, Kw, Ho, Wo]."""
+    image = input.new_ones(1, 1, *input.shape[2:])
+    inside = F.unfold(image, tuple(taps[:2]), dilation, padding, stride)
+    return (inside == 0).view(taps)
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -15,6 +14,7 @@ from .backends import named_backend
 from .checks import check_input, check_positive
 from .functional import involution2d
 from .fused import spanned_involution2d
+from .geometry import outside
 from .registration import grad_of_weight
 
 # Kernel-generation function -> its convolutions.
@@ -353,10 +353,10 @@ def _mask_outside(
     **_,
 ) -> Tensor:
     """`logits` [N, G, K, K, Ho, Wo], minus infinity for taps outside the image `x`."""
-    image = x.new_ones(1, 1, *x.shape[2:])
-    inside = F.unfold(image, kernel_size, dilation, padding, stride) > 0
+    taps = (kernel_size, kernel_size, *logits.shape[4:])  # to unfold K is a constant
     # The middle tap is always inside.
-    return logits.masked_fill(~inside.view(logits.shape[2:]), -torch.inf)
+    mask = outside(x, taps, stride, padding, dilation)
+    return logits.masked_fill(mask, -torch.inf)
 
 
 def hooked(module: nn.Module) -> bool:

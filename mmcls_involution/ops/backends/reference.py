@@ -6,11 +6,10 @@ and never chosen unless named.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..geometry import Pair, Shape
+from ..geometry import Pair, Shape, outside
 from .contract import Problem
 
 
@@ -19,12 +18,6 @@ def _unfold(input: Tensor, weight: Tensor, stride, padding, dilation) -> Tensor:
     g, kh, kw, ho, wo = weight.shape[1:]
     columns = F.unfold(input, (kh, kw), dilation, padding, stride)
     return columns.view(n, g, c // g, kh, kw, ho, wo)
-
-
-def _outside(input: Tensor, weight: Tensor, *arguments) -> Tensor:
-    """Which taps are outside the image: [1, 1, Kh, Kw, Ho, Wo]."""
-    image = torch.ones_like(input[:1, :1])
-    return _unfold(image, weight[:1, :1], *arguments)[:, :, 0] == 0
 
 
 def supports(problem: Problem) -> None:
@@ -40,7 +33,7 @@ def forward(
     times an infinite kernel value would be NaN.
     """
     arguments = (stride, padding, dilation)
-    weight = weight.masked_fill(_outside(input, weight, *arguments), 0)
+    weight = weight.masked_fill(outside(input, weight.shape[2:], *arguments), 0)
     columns = _unfold(input, weight, stride, padding, dilation)
     return (columns * weight.unsqueeze(2)).sum((3, 4)).flatten(1, 2)
 
@@ -73,4 +66,5 @@ def grad_weight(
     out = grad.new_empty(weight_shape)
     columns, g = _unfold(input, out, *arguments), weight_shape[1]
     grad = grad.unflatten(1, (g, grad.size(1) // g))[:, :, :, None, None]
-    return (columns * grad).sum(2).masked_fill(_outside(input, out, *arguments), 0)
+    mask = outside(input, out.shape[2:], *arguments)
+    return (columns * grad).sum(2).masked_fill(mask, 0)
