@@ -37,6 +37,7 @@ from mmcls_involution.apis.inferencer import (
 )
 from mmcls_involution.console import console
 from mmcls_involution.data.images import open_image
+from mmcls_involution.engine.config import check_picture
 from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.ops import Involution2d, record_kernels
 
@@ -391,11 +392,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``kernels``."""
-    suffixes = {f'.{kind}' for kind in Figure().canvas.get_supported_filetypes()}
-    if not args.list_layers and Path(args.out or '').suffix.lower() not in suffixes:
-        raise UserError(
-            f'--out must be a file of {", ".join(sorted(suffixes))}, got {args.out}.'
-        )
+    if not args.list_layers:
+        check_picture(args.out, '--out')
     try:
         if not Path(args.image).is_file():
             raise UserError(f'image {args.image} is missing.')

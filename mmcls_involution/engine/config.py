@@ -425,6 +425,23 @@ def check_output(path: Path, what: str = 'the output', in_place: bool = False) -
         raise UserError(f'{what}: {place} is read-only: name another place')
 
 
+def check_picture(path: Path | str | None, what: str) -> None:
+    """Refuse a file that matplotlib cannot draw to, before any work is done.
+
+    Args:
+        path: The file; None if none was named.
+        what: The flag that gives it.
+
+    Raises:
+        UserError: If its suffix is not that of a picture.
+    """
+    from matplotlib.figure import Figure  # half a second, for those who draw alone
+
+    suffixes = sorted(f'.{kind}' for kind in Figure().canvas.get_supported_filetypes())
+    if Path(path or '').suffix.lower() not in suffixes:
+        raise UserError(f'{what} must be a file of {", ".join(suffixes)}, got {path}.')
+
+
 def is_local(cfg: dict, path: Any) -> bool:
     """Whether a path that a part of a config gives is one of this machine."""
     backend = (cfg.get('backend_args') or {}).get('backend', 'local')

@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from mmcls_involution.engine.config import check_picture
 from mmcls_involution.engine.errors import UserError
 from mmcls_involution.runs.logs import Log, plt, read_log
 from mmcls_involution.runs.metrics import METRICS, per_cent
@@ -251,11 +252,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> None:
     """The command ``compare``."""
-    kinds = sorted(plt.Figure().canvas.get_supported_filetypes())
-    if args.out.suffix.lower()[1:] not in kinds:
-        raise UserError(
-            f'--out must be a picture, a file of .{", .".join(kinds)}, got {args.out}.'
-        )
+    check_picture(args.out, '--out')
     runs = []
     for text in args.work_dirs:
         name, folder = None, text

@@ -81,7 +81,7 @@ def test_table_and_picture(runs, monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize('name', ['table.md', 'picture'])
 def test_picture_of_no_kind(name, runs, monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=f'--out must be a picture.*{name}'):
+    with pytest.raises(SystemExit, match=f'--out must be a file of .*.png.*{name}'):
         call(monkeypatch, *runs, '--out', tmp_path / name)
     assert not list(tmp_path.glob(f'{name}*'))
 
