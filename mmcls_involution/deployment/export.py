@@ -190,18 +190,20 @@ def export_pt2(
             'may do.'
         ) from error
     if decompose:
-        operators = torch.ops.mmcls_involution
-        forms = (standard.involution2d, standard.fused_involution2d)
+        forms = dict(
+            involution2d=standard.involution2d,
+            fused_involution2d=standard.fused_involution2d,
+            involution2d_grad_weight=standard.grad_of_weight,
+        )
         if dynamic:
-            forms = (standard.involution2d_by_rows, standard.fused_involution2d_by_rows)
-        given, fused = forms
+            forms['involution2d'] = standard.involution2d_by_rows
+            forms['fused_involution2d'] = standard.fused_involution2d_by_rows
         program = program.run_decompositions(
-            {  # but for the last argument, the backend
-                operators.involution2d.default: lambda *a: given(*a[:-1]),
-                operators.fused_involution2d.default: lambda *a: fused(*a[:-1]),
-                operators.involution2d_grad_weight.default: (
-                    lambda *a: standard.grad_of_weight(*a[:-1])
-                ),
+            {  # without the last argument, the backend
+                getattr(torch.ops.mmcls_involution, name).default: (
+                    lambda *arguments, form=form: form(*arguments[:-1])
+                )
+                for name, form in forms.items()
             }
         )
     torch.export.save(program, file, extra_files=about)

@@ -32,10 +32,8 @@ class Exported(nn.Module):
         if backbone and not has_backbone:
             raise UserError(f'--backbone: {type(model).__name__} has no backbone.')
         # Of the part alone: what cannot be folded may be elsewhere.
-        part = copy.deepcopy(model.backbone if backbone else model)
-        part.eval()  # MMPretrain's returns None
-        part.requires_grad_(False)
-        self.model = _replace_layers(_folded(part)) if fold else part
+        part = model.backbone if backbone else model
+        self.model = _replace_layers(_folded(part)) if fold else _frozen(part)
         if backbone:
             self.kind = 'backbone'
         elif hasattr(model, 'decode_head') and not isinstance(
@@ -130,16 +128,23 @@ def _logits(head: nn.Module, features: Any) -> Tensor:
     return logits
 
 
+def _frozen(model: nn.Module) -> nn.Module:
+    """A copy of the model that learns nothing any more."""
+    model = copy.deepcopy(model)
+    model.eval()  # MMPretrain's returns None
+    return model.requires_grad_(False)
+
+
 def _folded(model: nn.Module) -> nn.Module:
-    """The model with its batch norms in the convolutions before them.
+    """A frozen copy with its batch norms in the convolutions before them.
 
     As it was where MMCV, which takes for a pair what was registered in turn, ends in an
     error: their channels differ, or the norm has no statistics or weights.
     """
     try:
-        return fuse_conv_bn(copy.deepcopy(model))
+        return fuse_conv_bn(_frozen(model))
     except (RuntimeError, TypeError, AttributeError):
-        return model
+        return _frozen(model)
 
 
 class _AnySizePool(nn.Module):
