@@ -25,7 +25,7 @@ def restart():
     return module.restart
 
 
-@pytest.mark.parametrize('bias', ['identity', 'random', 'zero'])
+@pytest.mark.parametrize('bias', ['identity', 'random', 'random3', 'zero'])
 @pytest.mark.parametrize('scale', [0, 0.3])
 def test_weights_and_bias(restart, scale, bias):
     layer = Involution2d(512, kernel_size=5)
@@ -33,11 +33,15 @@ def test_weights_and_bias(restart, scale, bias):
     span = layer.conv2.conv
     he = scale * math.sqrt(2 / span.out_channels)
     assert span.weight.std().item() == pytest.approx(he, rel=0.05)
-    taps = span.bias.detach().unflatten(0, (-1, 25))
+    taps = span.bias.detach().unflatten(0, (-1, 5, 5))
     if bias == 'identity':
-        assert torch.equal(taps, nn.functional.one_hot(torch.tensor(12), 25) + 0 * taps)
+        middle = nn.functional.one_hot(torch.tensor(12), 25).unflatten(0, (5, 5))
+        assert torch.equal(taps, middle + 0 * taps)
     elif bias == 'random':
-        assert span.bias.std().item() == pytest.approx(1 / 5, rel=0.2)
+        assert taps.std().item() == pytest.approx(1 / 5, rel=0.2)
+    elif bias == 'random3':
+        assert taps[:, 1:4, 1:4].std().item() == pytest.approx(1 / 3, rel=0.2)
+        assert torch.equal(nn.functional.pad(taps[:, 1:4, 1:4], (1, 1, 1, 1)), taps)
     else:
         assert not taps.any()
 
@@ -62,7 +66,8 @@ def test_command(tmp_path):
     assert refused.returncode == 1
     assert refused.stderr.startswith('Error: No involution of')
     assert not out.exists()
-    subprocess.run([*command, 'backbone.stem'], check=True, capture_output=True)
+    made = subprocess.run([*command, 'backbone.stem'], check=True, capture_output=True)
+    assert b'backbone.stem.0' not in made.stdout  # a line for each parameter
     weights = torch.load(out)['state_dict']
     spans = [name for name in weights if name.endswith('conv2.conv.weight')]
     assert {name for name in spans if not weights[name].any()} == {

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from mmengine.config import DictAction
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS
 from mmengine.runner import set_random_seed
 from torch import nn
@@ -26,7 +27,7 @@ from mmcls_involution.engine.config import read_config
 from mmcls_involution.engine.errors import UserError, one_message_per_error
 from mmcls_involution.ops import Involution2d
 
-BIASES = ('identity', 'random', 'zero')
+BIASES = ('identity', 'random', 'random3', 'zero')
 
 
 def parse_args() -> argparse.Namespace:
@@ -43,7 +44,8 @@ def parse_args() -> argparse.Namespace:
         choices=BIASES,
         default='zero',
         help='1 at the middle tap and 0 elsewhere; normal with standard deviation 1 / '
-        'kernel size, so that the energy of a kernel is 1; 0 (default, and official)',
+        'kernel size, so that the energy of a kernel is 1; the same of the middle 3x3 '
+        'taps alone, as of a depthwise convolution; 0 (default, and official)',
     )
     parser.add_argument(
         '--parts',
@@ -67,7 +69,8 @@ def restart(
     Args:
         model: With involutions whose generator ends in a convolution with a bias.
         scale: Factor of He's normal initialization of that convolution's weights.
-        bias: One of ``'identity'``, ``'random'`` and ``'zero'``; see ``--bias``.
+        bias: One of ``'identity'``, ``'random'``, ``'random3'`` and ``'zero'``; see
+            ``--bias``.
         parts: Beginnings of the names of involutions. Defaults to ``('',)``: all.
 
     Returns:
@@ -81,11 +84,16 @@ def restart(
         nn.init.kaiming_normal_(span.weight, mode='fan_out', nonlinearity='relu')
         span.weight.mul_(scale)
         nn.init.zeros_(span.bias)
+        size = module.kernel_size
+        taps = span.bias.unflatten(0, (-1, size, size))
         if bias == 'random':
-            nn.init.normal_(span.bias, std=1 / module.kernel_size)
+            nn.init.normal_(taps, std=1 / size)
+        elif bias == 'random3':
+            border = max(size - 3, 0) // 2
+            middle = taps[:, border : size - border, border : size - border]
+            nn.init.normal_(middle, std=1 / min(size, 3))
         elif bias == 'identity':
-            taps = span.bias.unflatten(0, (-1, module.kernel_size**2))
-            taps[:, module.kernel_size**2 // 2] = 1
+            taps[:, size // 2, size // 2] = 1
         changed.append(name)
     return changed
 
@@ -97,6 +105,8 @@ def main() -> None:
     set_random_seed(args.seed)
     with MODELS.switch_scope_and_registry(cfg.default_scope) as registry:
         model = registry.build(cfg.model)
+    # Below that level MMEngine says how each parameter starts, before it is changed.
+    MMLogger.get_current_instance().setLevel('WARNING')
     model.init_weights()
     changed = restart(model, args.scale, args.bias, args.parts)
     if not changed:
