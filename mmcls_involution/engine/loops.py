@@ -222,6 +222,15 @@ class _Exact:
         self, runner: Runner, dataloader: DataLoader | dict, **kwargs: Any
     ) -> None:
         compat.apply()
+        for name in ('max_epochs', 'max_iters', 'val_interval'):
+            # MMEngine's loops check that they are ints, and with 0 train for nothing,
+            # or divide by it when an epoch is over.
+            if isinstance(number := kwargs.get(name), int) and number < 1:
+                message = f'train_cfg.{name} must be at least 1, got {number}.'
+                if name == 'val_interval':
+                    parts = 'val_cfg=None val_dataloader=None val_evaluator=None'
+                    message += f' Without validation: {parts}.'
+                raise ValueError(message)
         if isinstance(dataloader, dict):
             dataloader = runner.build_dataloader(
                 dataloader,
@@ -376,7 +385,7 @@ class ExactEpochLoop(_Exact, EpochBasedTrainLoop):
 
     Raises:
         TypeError: If the data has no indices (``IterableDataset``) or no batches.
-        ValueError: If there is not one batch.
+        ValueError: If there is not one batch, or a number is smaller than 1.
     """
 
     endless = False
@@ -406,7 +415,7 @@ class ExactIterLoop(_Exact, IterBasedTrainLoop):
 
     Raises:
         TypeError: If the data has no indices (``IterableDataset``) or no batches.
-        ValueError: If there is not one batch.
+        ValueError: If there is not one batch, or a number is smaller than 1.
     """
 
     endless = True

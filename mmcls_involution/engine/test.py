@@ -132,6 +132,8 @@ def draw_predictions(cfg: Config, args: argparse.Namespace) -> None:
             '--show and --show-dir need a visualization hook in default_hooks, such as '
             'visualization=dict(type="DetVisualizationHook") for a detector.'
         )
+    if args.interval < 1:
+        raise UserError(f'--interval must be at least 1, got {args.interval}.')
     hook.update(show=args.show, wait_time=args.wait_time)
     folder = str(Path(args.show_dir).absolute()) if args.show_dir else None
     if cfg.default_scope == 'mmpretrain':

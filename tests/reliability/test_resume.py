@@ -193,6 +193,20 @@ def test_data_of_less_than_a_batch(by_epoch, build, tmp_path):
         build(cfg).train()
 
 
+@pytest.mark.parametrize(
+    'by_epoch, name, number',
+    [(True, 'max_epochs', 0), (False, 'max_iters', -1)]
+    + [(by_epoch, 'val_interval', 0) for by_epoch in (True, False)],
+)
+def test_numbers_that_would_train_nothing_or_end_it(
+    by_epoch, name, number, build, tmp_path
+):
+    cfg = toy.config(tmp_path, by_epoch)
+    cfg.train_cfg[name] = number
+    with pytest.raises(ValueError, match=f'{name} must be at least 1, got {number}'):
+        build(cfg).train()
+
+
 def draws() -> tuple:
     return random.random(), np.random.rand(), torch.rand(()).item()
 

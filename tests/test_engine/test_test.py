@@ -104,6 +104,7 @@ def test_a_checkpoint_that_is_there_is_no_placeholder(
         ('segmenter', ['--tta'], '--tta needs'),
         ('segmenter', ['--amp'], '--amp needs a GPU'),
         ('classifier', ['--tta', '--show-dir', 'x'], 'cannot draw'),
+        ('segmenter', ['--show-dir', 'x', '--interval', '0'], '--interval must be at '),
     ],
 )
 def test_flag_error_of_tests(task, flags, expected, checkpoint, tool, tmp_path):
