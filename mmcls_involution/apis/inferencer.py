@@ -283,4 +283,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help='checkpoint file, URL or address such as paddleclas://RedNet50 '
         '(default: those of the model that --config names)',
     )
-    parser.add_argument('--device', help='such as cpu or cuda:0 (default: a GPU)')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:0 (default: a GPU, if there is one)'
+    )
