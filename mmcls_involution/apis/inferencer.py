@@ -281,6 +281,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--weights',
         help='checkpoint file, URL or address such as paddleclas://RedNet50 '
-        '(default: those of the model that --config names)',
+        '(default: those of the model that --config names, else its load_from, else '
+        'those that training starts from)',
     )
-    parser.add_argument('--device', help='such as cpu or cuda:0 (default: a GPU)')
+    parser.add_argument(
+        '--device', help='such as cpu or cuda:0 (default: a GPU, if there is one)'
+    )

@@ -7,7 +7,7 @@ on a pixel to see the kernels that it generates in each stage. The checkpoints a
 in FOLDER, each with the one config that lies beside it (as training leaves it) or else
 with --config, and the hub's ImageNet classifiers, which are downloaded when they are
 first chosen. Runs on the CPU, for this machine alone (127.0.0.1) unless --host says
-otherwise, and needs no network.
+otherwise, and needs no network but for these downloads.
 """
 
 from __future__ import annotations

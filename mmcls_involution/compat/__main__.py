@@ -36,8 +36,11 @@ def find_script(name: str) -> Path:
 
 
 def main() -> None:
-    if len(sys.argv) < 2 or sys.argv[1] in ('-h', '--help'):
+    if len(sys.argv) < 2:
         raise SystemExit(__doc__)
+    if sys.argv[1] in ('-h', '--help'):
+        print(__doc__)
+        return
     compat.check_versions()
     compat.apply()
     script = find_script(sys.argv[1])

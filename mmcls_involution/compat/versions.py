@@ -49,5 +49,6 @@ def check_versions() -> None:
             'mmcls_involution does not work with these versions:\n'
             + '\n'.join(problems)
             + f'\nTo fix it: pip install {" ".join(wanted)}\n(mmcv has no wheel for '
-            "today's torch; mmcv-lite of the same version is enough.)"
+            "today's torch; mmcv-lite of the same version is enough, in its place: "
+            'pip uninstall --yes mmcv first, as the two write over each other.)'
         )

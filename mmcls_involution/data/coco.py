@@ -127,7 +127,7 @@ def check_quickly(
     masks: bool,
     polygons: bool = False,
 ) -> Iterator[Finding]:
-    """Check an annotation file: against the config, in itself, its first photo.
+    """Check an annotation file: against the config, in itself, its first photos.
 
     Args:
         path (str): Where in the config the data set is.

@@ -2,11 +2,11 @@
 
     python -m mmcls_involution check CONFIG [--split train val test]
 
-reads every image and every label of the config's data sets, in all processor cores,
-and lists what is wrong with them, a line per finding. The exit code is 1 if there is
-anything. It knows the data sets that read like MMDetection's CocoDataset,
-MMSegmentation's BaseSegDataset (CityscapesDataset) or MMPretrain's CustomDataset
-(ImageNet). See docs/datasets.md.
+reads every image and every label of the config's data sets, on all processor cores,
+and lists what is wrong with them, the first ten places of each kind; --out gets all, a
+line each. The exit code is 1 if there is anything. It knows the data sets that read
+like MMDetection's CocoDataset, MMSegmentation's BaseSegDataset (CityscapesDataset) or
+MMPretrain's CustomDataset (ImageNet). See docs/datasets.md.
 """
 
 from __future__ import annotations

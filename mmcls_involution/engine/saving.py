@@ -56,6 +56,9 @@ class SafeCheckpointHook(CheckpointHook):
         **kwargs: All the others of ``CheckpointHook``. An ``out_dir`` with ``://`` is
             written to as MMEngine does, for such stores take objects whole; the order
             is the same as here.
+
+    Raises:
+        TypeError: If ``interval`` is no int.
     """
 
     def __init__(self, *args: Any, max_keep_ckpts: int = -1, **kwargs: Any) -> None:

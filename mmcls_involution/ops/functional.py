@@ -60,8 +60,10 @@ def involution2d(
     Raises:
         TypeError: If ``input`` or ``weight`` is not a tensor, or stride, padding or
             dilation is not made of ints.
-        ValueError: If a rank, shape, dtype, device or group count does not fit, or
-            if the named backend is unknown or does not support the problem.
+        ValueError: If a rank, shape, dtype, device or group count does not fit, if
+            stride or dilation is below 1, padding below 0, or one of them a tuple of
+            other than two, or if the named backend is unknown or does not support the
+            problem.
 
     Example:
         >>> import torch

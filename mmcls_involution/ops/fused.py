@@ -86,8 +86,10 @@ def fused_involution2d(
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If a rank, shape, dtype, device or group count does not fit, or
-            if the named backend is unknown or does not support the problem.
+        ValueError: If a rank, shape, dtype, device or group count does not fit, if
+            kernel size, stride or dilation is below 1, padding below 0, or one of them
+            a tuple of other than two, or if the named backend is unknown or does not
+            support the problem.
 
     Example:
         >>> import torch

@@ -219,7 +219,7 @@ class Involution2d(nn.Module):
         """Filter ``x`` with kernels generated from it. See the class for shapes.
 
         Raises:
-            ValueError: If ``x`` has another shape.
+            ValueError: If ``x`` has another shape, or is not of floats.
         """
         if isinstance(x, torch.fx.Proxy) and x.tracer.root is not self:
             # A layer of one node. MMEngine's efficient_conv_bn_eval, for one, asks of
@@ -257,7 +257,7 @@ class Involution2d(nn.Module):
             ``(v - K // 2) * dilation`` columns right of ``stride`` times its place.
 
         Raises:
-            ValueError: If ``x`` has another shape.
+            ValueError: If ``x`` has another shape, or is not of floats.
         """
         check_input(x, self.channels)
         if 'query' in GENERATORS[self.generator]:

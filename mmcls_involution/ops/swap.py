@@ -30,8 +30,9 @@ class InvolutionConv(nn.Sequential):
             odd and larger than 1.
         stride (int | tuple[int, int]): Step in pixels. Defaults to 1.
         padding (int | tuple[int, int] | str): Must be half of the kernel,
-            ``dilation * (kernel_size - 1) / 2``, or ``'same'``. Defaults to 0, which is
-            refused, as its output would be smaller than that of an involution.
+            ``dilation * (kernel_size - 1) / 2``, or, at stride 1, ``'same'``. Defaults
+            to 0, which is refused, as its output would be smaller than that of an
+            involution.
         dilation (int | tuple[int, int]): Spacing of the taps in pixels. Defaults to 1.
         groups (int): Must be 1. Defaults to 1.
         bias (bool): Whether a bias is added. Defaults to True.
@@ -262,8 +263,8 @@ def swap_convolutions(
             it is called before and after, in eval mode and without gradients: FLOPs are
             counted, and the swapped model is tried out. Defaults to None.
         **involution_cfg: Arguments of :class:`Involution2d`, such as
-            ``kernel_size=7`` or ``group_channels=8``. Defaults to its own, and to the
-            kernel size of each convolution.
+            ``kernel_size=7`` or ``group_channels=8``, but for channels, stride and
+            dilation. Defaults to its own, and to the kernel size of each convolution.
 
     Returns:
         Swaps: What was swapped, what was left and why, with parameters and FLOPs.
@@ -272,6 +273,8 @@ def swap_convolutions(
         ValueError: If nothing was swapped, the model is a convolution itself, an
             argument of the involution is wrong, or with ``inputs`` the swapped model
             fails. The model is then what it was.
+        TypeError: If the involution has no argument of that name, or has it from the
+            convolution. Then, too, the model is what it was.
 
     Example:
         >>> import torch

@@ -59,6 +59,12 @@ def test_what_is_not_there_is_named(run, tmp_path):
         run(script)
 
 
+@pytest.mark.parametrize('flag', ['-h', '--help'])
+def test_help_is_no_error(flag, run, capsys):
+    run(flag)
+    assert '-m mmcls_involution.compat SCRIPT' in capsys.readouterr().out
+
+
 def test_versions_are_checked_first(run, tmp_path, monkeypatch):
     monkeypatch.setitem(compat.SUPPORTED, 'torch', ('0.1', '0.2'))
     with pytest.raises(ImportError, match='torch'):

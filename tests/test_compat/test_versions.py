@@ -46,6 +46,12 @@ def test_every_package_out_of_range_is_named(monkeypatch):
     assert 'mmdet' not in message
 
 
+def test_mmcv_lite_is_not_put_beside_mmcv(monkeypatch):
+    pretend_installed(monkeypatch, mmcv='2.2.0')
+    with pytest.raises(ImportError, match='pip uninstall --yes mmcv first'):
+        compat.check_versions()
+
+
 def test_import_is_light(run_python):
     out = run_python(
         'import sys, mmcls_involution.compat\n'
