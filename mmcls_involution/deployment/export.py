@@ -247,12 +247,14 @@ def _outputs(model: Exported, image: Tensor) -> tuple[Tensor, ...]:
     try:
         with torch.no_grad():
             return model(image)
-    # Of a pool or convolution that nothing is left for, or a norm over one value.
-    except (RuntimeError, ValueError) as error:
+    # Of a pool or convolution that nothing is left for, or a norm over one value; U-Net
+    # asserts that its strides divide the sides.
+    except (RuntimeError, ValueError, AssertionError) as error:
         height, width = image.shape[2:]
         raise UserError(
             f'The model does not take an image of {height}x{width}: {error}. Give a '
-            'larger --shape; with --dynamic half its sides are tried too.'
+            'larger --shape, or one that its strides divide; with --dynamic half its '
+            'sides are tried too, and odd ones.'
         ) from error
 
 

@@ -351,9 +351,19 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
+class _Halves(nn.Module):
+    """What takes even sides alone, and says so as MMSegmentation's U-Net does."""
+
+    def forward(self, x):
+        assert x.shape[2] % 2 == 0, 'should be divisible'
+        return x
+
+
 @pytest.mark.parametrize(
     'layer, options',
     [
+        (_Halves(), []),
+        (_Halves(), ['--shape', '6', '7', '--dynamic']),
         (nn.Conv2d(3, 4, (6, 1)), []),
         (nn.Conv2d(3, 4, (4, 1)), ['--dynamic']),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(3, 3)), []),
