@@ -428,7 +428,8 @@ def main(args: argparse.Namespace) -> None:
             highlight=False,
         )
     about = metadata(toolbox_model, class_names(inferencer), shape)
-    partial = out.with_name(f'.{out.name}')
+    # torch takes no archive whose name is empty up to its last point.
+    partial = out.with_name(f'.{out.stem}.partial{out.suffix}')
     try:
         if args.format == 'onnx':
             export_onnx(
