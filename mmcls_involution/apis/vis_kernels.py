@@ -42,6 +42,7 @@ from mmcls_involution.engine.errors import UserError, did_you_mean
 from mmcls_involution.ops import Involution2d, record_kernels
 
 COLUMNS = 4, 8  # pictures beside each other, at least and at most
+TALLEST = 4  # height over width of a heat map's place: a strip would fill the memory
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,9 @@ def draw_kernels(
     columns = int(np.clip(max(len(layer.kernels) for layer in view.layers), *COLUMNS))
     lines = [math.ceil(len(layer.kernels) / columns) for layer, *_ in sections]
     height, width = view.image.shape[:2]
+    place_height = 1.8 * min(height / width, TALLEST) + 0.1
     heights = [
-        n * (1.9 if point else 1.8 * height / width + 0.1) + 0.4
+        n * (1.9 if point else place_height) + 0.4
         for n, (_, point, _) in zip(lines, sections, strict=True)
     ]
     figure = Figure((1.8 * columns, sum(heights)), layout='constrained')

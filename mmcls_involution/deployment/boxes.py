@@ -36,13 +36,14 @@ class WithBoxes(Exported):
 
     Args:
         model (nn.Module): A detector of MMDetection; a copy of it is changed.
+        image (Tensor, optional): See :class:`Exported`. Defaults to None.
 
     Raises:
         UserError: If it is none, or one whose boxes are made in another way.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
+    def __init__(self, model: nn.Module, image: Tensor | None = None) -> None:
+        super().__init__(model, image=image)
         if why := _why_not(self.model, self.kind):
             raise UserError(
                 f'--boxes: {why}. Without --boxes the maps of the heads are exported.'

@@ -41,7 +41,7 @@ from mmcls_involution.console import console
 from mmcls_involution.deployment.boxes import BOXES, WithBoxes, check_boxes
 from mmcls_involution.deployment.nodes import BOXES_OPSET, LOWEST_OPSET, translations
 from mmcls_involution.deployment.runtime import register_custom_operators
-from mmcls_involution.deployment.wrappers import Exported
+from mmcls_involution.deployment.wrappers import TOLERANCE, Exported, difference
 from mmcls_involution.engine.config import (
     add_cfg_options,
     check_output,
@@ -52,7 +52,6 @@ from mmcls_involution.engine.errors import UserError
 from mmcls_involution.flops import SHAPES
 from mmcls_involution.ops import standard
 
-TOLERANCE = 1e-5  # of the largest value of an output
 # What torch's exporters write.
 OPSETS = {'torchscript': (LOWEST_OPSET, 20), 'dynamo': (18, 23)}
 
@@ -247,12 +246,14 @@ def _outputs(model: Exported, image: Tensor) -> tuple[Tensor, ...]:
     try:
         with torch.no_grad():
             return model(image)
-    # Of a pool or convolution that nothing is left for, or a norm over one value.
-    except (RuntimeError, ValueError) as error:
+    # Of a pool or convolution that nothing is left for, or a norm over one value; U-Net
+    # asserts that its strides divide the sides.
+    except (RuntimeError, ValueError, AssertionError) as error:
         height, width = image.shape[2:]
         raise UserError(
             f'The model does not take an image of {height}x{width}: {error}. Give a '
-            'larger --shape; with --dynamic half its sides are tried too.'
+            'larger --shape, or one that its strides divide; with --dynamic half its '
+            'sides are tried too, and odd ones.'
         ) from error
 
 
@@ -294,14 +295,12 @@ def compare(
                     f'The exported model gives {name} {list(theirs.shape)} for an '
                     f'image {list(shape)}, PyTorch {list(ours.shape)}.'
                 )
-            # A map of zeros has no scale.
-            scale = ours.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
-            difference = (ours - theirs).abs().max() / scale
-            worst = max(worst, difference.item())
-            if not difference <= TOLERANCE:  # NaN too
+            apart = difference(ours, theirs)
+            worst = max(worst, apart)
+            if not apart <= TOLERANCE:  # NaN too
                 raise UserError(
                     f'The exported model differs from PyTorch: {name} for an image '
-                    f'{list(shape)} by {difference:.1e} of its largest value; '
+                    f'{list(shape)} by {apart:.1e} of its largest value; '
                     f'{TOLERANCE:g} is allowed. No file was written.'
                 )
         if check:
@@ -405,9 +404,9 @@ def main(args: argparse.Namespace) -> None:
     image = torch.randn(2 if args.dynamic else 1, 3, *shape)
     _outputs(reference, image)  # before the exporter says it in its words
     model = (
-        WithBoxes(toolbox_model)
+        WithBoxes(toolbox_model, image)
         if args.boxes
-        else Exported(toolbox_model, args.backbone)
+        else Exported(toolbox_model, args.backbone, image=image)
     )
     tests = getattr(toolbox_model, 'test_cfg', None) or {}
     if model.kind == 'segmenter' and tests.get('mode') == 'slide':
@@ -426,7 +425,8 @@ def main(args: argparse.Namespace) -> None:
             highlight=False,
         )
     about = metadata(toolbox_model, class_names(inferencer), shape)
-    partial = out.with_name(f'.{out.name}')
+    # torch takes no archive whose name is empty up to its last point.
+    partial = out.with_name(f'.{out.stem}.partial{out.suffix}')
     try:
         if args.format == 'onnx':
             export_onnx(

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from mmcls_involution.engine.errors import UserError
 
+TOLERANCE = 1e-5  # of the largest value of an output
+
 
 class Exported(nn.Module):
     """A model as a function of normalized images ``[N, 3, H, W]``.
@@ -22,10 +24,16 @@ class Exported(nn.Module):
         fold (bool): Fold batch norms into convolutions and replace what does not
             export; without, the model is what an export is compared with. Defaults to
             True.
+        image (Tensor, optional): An example. Where folding changes the outputs for it,
+            norms stay. Defaults to None: that is not tried.
     """
 
     def __init__(
-        self, model: nn.Module, backbone: bool = False, fold: bool = True
+        self,
+        model: nn.Module,
+        backbone: bool = False,
+        fold: bool = True,
+        image: Tensor | None = None,
     ) -> None:
         super().__init__()
         has_backbone = hasattr(model, 'backbone')
@@ -51,11 +59,29 @@ class Exported(nn.Module):
                 + ('; --backbone exports its backbone.' if has_backbone else '.')
             )
         self.eval()  # torch's exporter restores the mode that the outermost had
+        if fold and image is not None:
+            self._unfold_where_wrong(part, image)
+
+    def _unfold_where_wrong(self, part: nn.Module, image: Tensor) -> None:
+        """Keep the norms of a model that folding changes.
+
+        MMCV takes for a pair what was registered in turn: a norm that runs before its
+        convolution, each of the norms that share one (RTMDet's head), or a convolution
+        that makes its weights anew in each call.
+        """
+        with torch.no_grad():
+            folded, self.model = self.model, _replace_layers(_frozen(part))
+            expected = Exported.forward(self, image)
+            unfolded, self.model = self.model, folded
+            found = Exported.forward(self, image)
+        worst = (difference(*pair) for pair in zip(expected, found, strict=True))
+        if not all(value <= TOLERANCE for value in worst):  # NaN too
+            self.model = unfolded
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """The outputs that :meth:`names` names."""
         if self.kind == 'backbone':
-            return tuple(self.model(image))
+            return _stages(self.model, image)
         features = self.model.extract_feat(image)
         if self.kind == 'classifier':
             return (_logits(self.model.head, features),)
@@ -105,6 +131,28 @@ class Exported(nn.Module):
         return {0: 'batch', 2: f'{prefix}height', 3: f'{prefix}width'}
 
 
+def difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference from our values, over the largest of them."""
+    # A map of zeros has no scale.
+    scale = ours.abs().max().clamp(min=torch.finfo(ours.dtype).tiny)
+    return ((ours - theirs).abs().max() / scale).item()
+
+
+def _stages(backbone: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
+    """The features of a backbone, if they are tensors."""
+    stages = backbone(image)
+    if isinstance(stages, Tensor):  # DDRNet's and PIDNet's, when they do not train
+        return (stages,)
+    for stage in stages:
+        if not isinstance(stage, Tensor):
+            raise UserError(
+                f'{type(backbone).__name__} gives a {type(stage).__name__} for a '
+                'stage. Backbones that give one tensor of features for each are '
+                'exported.'
+            )
+    return tuple(stages)
+
+
 def _maps(head: nn.Module, features: Any) -> Any:
     """What a head says of features, if it needs nothing else."""
     try:
@@ -150,17 +198,18 @@ def _folded(model: nn.Module) -> nn.Module:
 class _AnySizePool(nn.Module):
     """nn.AdaptiveAvgPool2d by two matrices: ONNX has it for one output pixel alone."""
 
-    def __init__(self, size: int | tuple[int, int]) -> None:
+    def __init__(self, size: int | tuple[int | None, int | None]) -> None:
         super().__init__()
         self.size = (size, size) if isinstance(size, int) else size
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to [N, C, *size]."""
-        rows, columns = (
-            self._means(x, axis, size)
-            for axis, size in zip((2, 3), self.size, strict=True)
-        )
-        return torch.matmul(torch.matmul(rows, x), columns.transpose(0, 1))
+        rows, columns = self.size
+        if rows is not None:  # coordinate attention pools one side alone
+            x = torch.matmul(self._means(x, 2, rows), x)
+        if columns is not None:
+            x = torch.matmul(x, self._means(x, 3, columns).transpose(0, 1))
+        return x
 
     def _means(self, x: Tensor, axis: int, size: int) -> Tensor:
         length = x.shape[axis]

@@ -162,7 +162,7 @@ class Swap:
 
     Attributes:
         name: Dotted name in the model.
-        convolution: The convolution, as it prints itself.
+        convolution: The convolution with its arguments, in one line.
         reason: Why it was left; '' where it was swapped.
         parameters: Their number before and after.
         flops: Multiply-adds before and after; None where no inputs were given.
@@ -344,7 +344,9 @@ def swap_convolutions(
         if inputs is not None:
             flops = before.flops.get(name, 0), after.flops.get(name, 0)
         parameters = _parameters(conv), _parameters(model.get_submodule(name))
-        return Swap(name, str(conv), reasons[conv], parameters, flops)
+        # One line, of a parametrized one too, which prints its parts below.
+        text = f'{conv._get_name()}({conv.extra_repr()})'
+        return Swap(name, text, reasons[conv], parameters, flops)
 
     return Swaps(
         tuple(row(name, conv) for name, conv in convolutions.items()),

@@ -178,6 +178,17 @@ def test_kernels_are_drawn_over_their_windows(stride, dilation, step):
     assert (heat.get_array() == 5.5).all()
 
 
+def test_a_strip_of_an_image_takes_no_more_room():
+    """It took 1.8 inches for each of its widths, in memory too."""
+    image = np.zeros((4000, 2, 3), dtype=np.uint8)
+    kernels, layer = torch.rand(1, 3, 3, 1000, 1), Involution2d(16, kernel_size=3)
+    layers = (vis_kernels.LayerKernels('layer', kernels, layer),)
+    view = vis_kernels.View(image, np.zeros((4000, 2, 2), np.float32), layers)
+    figure = vis_kernels.draw_kernels(view)
+    assert figure.get_figheight() < 10
+    assert vis_kernels.as_image(figure).shape == (616, 576, 3)
+
+
 @pytest.fixture
 def command(weights, coco_root, monkeypatch):
     monkeypatch.setenv('TINY_DATA', str(coco_root))

@@ -281,7 +281,7 @@ class _Norms(nn.Module):
 
 
 def test_command_compares_with_the_model_as_it_was(monkeypatch, tmp_path):
-    """MMCV folds the second norm into what the first was folded into."""
+    monkeypatch.setattr(Exported, '_unfold_where_wrong', lambda *_: None)
     out = tmp_path / 'model.pt2'
     model = nn.ModuleDict({'backbone': _Norms()})
     with pytest.raises(UserError, match='differs from PyTorch: feature0'):
@@ -289,8 +289,23 @@ def test_command_compares_with_the_model_as_it_was(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_pt2_has_classes_and_preprocessing_too(monkeypatch, tmp_path):
-    out = tmp_path / 'model.pt2'
+@pytest.mark.parametrize('form', ['pt2', pytest.param('onnx', marks=needs_onnx)])
+def test_norms_stay_where_folding_is_wrong(form, monkeypatch, tmp_path):
+    """MMCV folds the second norm into what the first was folded into."""
+    out = tmp_path / f'model.{form}'
+    model = nn.ModuleDict({'backbone': _Norms()})
+    command(monkeypatch, model, '--out', out, '--format', form)
+    image = torch.randn(1, 3, 5, 7)
+    model.eval()
+    for found, path in zip(
+        export.load(out, form)(image), model.backbone.paths, strict=True
+    ):
+        torch.testing.assert_close(found, path(image))
+
+
+@pytest.mark.parametrize('name', ['model.pt2', 'model'])
+def test_pt2_has_classes_and_preprocessing_too(name, monkeypatch, tmp_path):
+    out = tmp_path / name
     model = around(nn.Conv2d(3, 4, 1))
     command(monkeypatch, model, '--out', out, '--format', 'pt2')
     about = {'classes': '', 'size': ''}
@@ -351,9 +366,19 @@ def test_what_torch_cannot_write_ends_in_one_message(tmp_path):
         export.export_onnx(model, torch.randn(1, 3, 4, 4), tmp_path / 'model.onnx')
 
 
+class _Halves(nn.Module):
+    """What takes even sides alone, and says so as MMSegmentation's U-Net does."""
+
+    def forward(self, x):
+        assert x.shape[2] % 2 == 0, 'should be divisible'
+        return x
+
+
 @pytest.mark.parametrize(
     'layer, options',
     [
+        (_Halves(), []),
+        (_Halves(), ['--shape', '6', '7', '--dynamic']),
         (nn.Conv2d(3, 4, (6, 1)), []),
         (nn.Conv2d(3, 4, (4, 1)), ['--dynamic']),
         (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.GroupNorm(3, 3)), []),

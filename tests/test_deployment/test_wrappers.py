@@ -84,6 +84,32 @@ def test_models_without_head_or_backbone_are_refused():
         Exported(tracker, backbone=True)
 
 
+def test_a_backbone_may_give_one_tensor():
+    """As DDRNet and PIDNet do when they do not train."""
+    model = nn.ModuleDict({'backbone': nn.Conv2d(3, 4, 1)})
+    image = torch.randn(2, 3, 5, 7)
+    (feature,) = Exported(model, backbone=True)(image)
+    torch.testing.assert_close(feature, model.backbone(image))
+
+
+def test_stages_that_are_no_tensors_are_refused():
+    class Branches(nn.Module):  # as Conformer's
+        def forward(self, image):
+            return (image, [image, image])
+
+    model = nn.ModuleDict({'backbone': Branches()})
+    with pytest.raises(UserError, match='Branches gives a list for a stage'):
+        Exported(model, backbone=True)(torch.randn(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize('size', [3, (2, 5), (None, 1), (4, None)])
+def test_pools_to_any_size(size):
+    model = nn.ModuleDict({'backbone': nn.Sequential(nn.AdaptiveAvgPool2d(size))})
+    image = torch.randn(2, 3, 7, 9)
+    (feature,) = Exported(model, backbone=True)(image)
+    torch.testing.assert_close(feature, model.backbone(image))
+
+
 class _Apart(nn.Module):
     """A norm that follows a convolution by name alone, as in NAS-FCOS."""
 
@@ -94,6 +120,23 @@ class _Apart(nn.Module):
 
     def forward(self, x):
         return (self.last(self.first(x)),)
+
+
+def test_norms_of_another_order_stay():
+    class First(nn.Module):  # as a ConvModule of the order norm, act, conv
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            return (self.conv(self.norm(x)),)
+
+    model = nn.ModuleDict({'backbone': First()}).eval()
+    model.backbone.norm.running_var.fill_(4)
+    image = torch.randn(2, 3, 4, 5)
+    exported = Exported(model, backbone=True, image=image)
+    torch.testing.assert_close(exported(image), model.backbone(image))
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ def test_what_a_convolution_is_besides_is_left():
     reasons = [row.reason for row in table.rows]
     assert 'Own' in reasons[0] and 'Parametrized' in reasons[1]
     assert reasons[2] == 'it has hooks'
+    assert len(str(table).splitlines()) == 6
 
 
 def test_a_model_that_reads_weights_is_left_as_it_was():
