@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 from mmcv.image import rescale_size
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, TRANSFORMS
+from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
@@ -169,23 +169,17 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
                 yield Finding('missing path', message)
                 return
 
-    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    classes = _class_names(dataset, cls)
     if isinstance(classes, str):
-        file = Path(classes).expanduser()
-        if not file.is_file():
-            yield Finding(
-                'classes as text',
-                f'{path}: classes is the text {classes!r}, and no file has that name. '
-                f"A single class is written classes=('{classes}',), with a comma, or "
-                f'on the command line classes="[{classes}]".',
-            )
-            return
-        classes = file.read_text().splitlines()
-    if classes is None:
-        classes = getattr(cls, 'METAINFO', {}).get('classes')
+        yield Finding(
+            'classes as text',
+            f'{path}: classes is the text {classes!r}, and no file has that name. '
+            f"A single class is written classes=('{classes}',), with a comma, or "
+            f'on the command line classes="[{classes}]".',
+        )
+        return
     if classes is None:
         return
-    classes = list(classes)
     ann_file = dataset.get('ann_file')
     if coco.reads_objects(cls) and 'img' not in prefix:
         # MMDetection's own default has none, and ends in KeyError: 'img'.
@@ -198,8 +192,9 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, prefix.get('img', '')),
             classes,
             coco.reads_objects(cls),
-            coco.uses_masks(cfg, split),
+            coco.loads_masks(cfg, split),
             split == 'train' and coco.reads_polygons_alone(dataset),
+            _metrics(cfg, split),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -207,6 +202,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         *cfg.model
     }:
         yield from _check_heads(cfg, path, classes)
+        yield from _check_order(cfg, path, classes)
 
 
 def _check_kinds(path: str, dataset: dict) -> None:
@@ -220,6 +216,51 @@ def _check_kinds(path: str, dataset: dict) -> None:
                 )
 
 
+def _class_names(dataset: dict, cls: type | None) -> list[str] | str | None:
+    """The classes of a data set; or the text in their place that names no file."""
+    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str):
+        file = Path(classes).expanduser()
+        if not file.is_file():
+            return classes
+        classes = file.read_text().splitlines()
+    if classes is None:
+        classes = getattr(cls, 'METAINFO', {}).get('classes')
+    return None if classes is None else list(classes)
+
+
+def _check_order(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding]:
+    """A class must have the same number wherever a model is trained or scored.
+
+    Each data set may fit its own file, where an annotation tool has written the
+    categories of one in another order than those of the other.
+    """
+    for first, part in data_sets(cfg, 'train')[:1]:
+        try:
+            _check_kinds(first, part)
+            trained = _class_names(part, registered(DATASETS, part.get('type')))
+        except UserError:  # which the check of that one says; a test is without it
+            return
+        if not isinstance(trained, list):
+            return
+        for number, name in enumerate(classes):
+            if name in trained and trained[number : number + 1] != [name]:
+                detail = f'{name!r} is class {number} here, and class '
+                detail += f'{trained.index(name)} of {first}'
+                yield Finding('order of classes', path, detail)
+                return
+
+
+def _metrics(cfg: Config, split: str) -> set[str]:
+    """What the evaluators of a split compute, and not only write down."""
+    found: set[str] = set()
+    for _, part in dicts(cfg.get(f'{split}_evaluator')):
+        names = part.get('metric', 'bbox' if part.get('ann_file') else ()) or ()
+        if not part.get('format_only'):
+            found |= {names} if isinstance(names, str) else {*names}
+    return found
+
+
 def _can_download(cls: type | None) -> bool:
     return cls is not None and 'download' in inspect.signature(cls).parameters
 
@@ -229,10 +270,10 @@ def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
         *_, name = [name for name in head_path.split('.') if not name.isdigit()]
         number = head.get('num_classes')
         if (
-            name in HEADS
-            and isinstance(number, int)
+            isinstance(number, int)
             and not head.get('class_agnostic')
             and number != len(classes)
+            and (name in HEADS or (number < len(classes) and _helps(name, head)))
         ):
             yield Finding(
                 'number of classes',
@@ -240,6 +281,14 @@ def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
                 f'classes ({", ".join(map(str, classes[:10]))}'
                 f'{", ..." if len(classes) > 10 else ""})',
             )
+
+
+def _helps(name: str, head: dict) -> bool:
+    """Whether it is a second head of a segmenter for the same classes.
+
+    It may have more, without harm; one of another type may tell something else apart.
+    """
+    return name == 'auxiliary_head' and is_called(head.get('type'), 'FCNHead', MODELS)
 
 
 # ----------------------------------------------------------------------------- in full
