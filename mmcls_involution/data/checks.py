@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 from mmcv.image import rescale_size
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, MODELS, TRANSFORMS
+from mmengine.registry import DATASETS, EVALUATOR, METRICS, MODELS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
@@ -80,7 +80,19 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
             elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
-                yield from _check_evaluator(key, file, data_sets(cfg, split))
+                yield from _check_evaluator(key, file, _scored(cfg, split, path))
+
+
+def _scored(cfg: Config, split: str, path: str) -> list[tuple[str, dict]]:
+    """The data sets of a split that the evaluator at a path scores."""
+    parts, whole = data_sets(cfg, split), cfg[f'{split}_evaluator']
+    if isinstance(whole, dict) and is_called(
+        whole.get('type'), 'MultiDatasetsEvaluator', EVALUATOR
+    ):  # one for each
+        number = path.removeprefix(f'{split}_evaluator.metrics.')
+        fits = number.isdigit() and len(whole.metrics) == len(parts)
+        return [parts[int(number)]] if fits else []
+    return parts
 
 
 def _check_topk(cfg: Config, path: str, evaluator: dict) -> Iterator[Finding]:
@@ -128,17 +140,49 @@ def _check_evaluator(
 
     With several data sets it reads a file that holds all of theirs.
     """
-    if len(parts) != 1 or not parts[0][1].get('ann_file'):
+    if not parts or not all(part.get('ann_file') for _, part in parts):
         return
-    ((_, dataset),) = parts
-    used = Path(dataset.get('data_root') or '', dataset['ann_file'])
+    places = [Path(p.get('data_root') or '', p['ann_file']) for _, p in parts]
+    used = places[0]
+    if len(parts) > 1:
+        yield from _check_common_file(key, file, places)
     # Links, and .. in a path, lead to one file by two names.
-    if not used.exists() or not used.samefile(file):
+    elif not used.exists() or not used.samefile(file):
         yield Finding(
             'other annotations',
             f'{key} is {file}, but the data set reads {used}: the '
             f'metrics would be wrong. Set both, with --cfg-options {key}={used}.',
         )
+
+
+def _check_common_file(key: str, file: str, places: list[Path]) -> Iterator[Finding]:
+    """One metric of several data sets tells their images apart by the ids alone."""
+    try:
+        common, *others = (
+            dict.fromkeys(repr(image.get('id')) for image in coco.read(place).images)
+            for place in (Path(file), *places)
+        )
+    except coco.NotCoco:  # which the checks of the data sets say
+        return
+    seen: dict[Any, Path] = {}
+    for place, ids in zip(places, others, strict=True):
+        twice = next((i for i in ids if i in seen), None)
+        absent = next((i for i in ids if i not in common), None)
+        if twice is not None:
+            problem = f'image id {twice} is in {seen[twice]} and in {place}, and '
+            problem += 'predictions for both would be scored as of one image'
+        elif absent is not None:
+            problem = f'{file} has no image id {absent}, which {place} has'
+        else:
+            seen |= dict.fromkeys(ids, place)
+            continue
+        yield Finding(
+            'other annotations',
+            f'{key}: {problem}. Score each data set by itself, with a '
+            'MultiDatasetsEvaluator; or name a file of all images, numbered anew there '
+            'and in the files of the data sets.',
+        )
+        return
 
 
 def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
