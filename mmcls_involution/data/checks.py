@@ -208,8 +208,13 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         parts = {}
     for key, part in parts.items():
         if is_local(dataset, part or root):
-            place = Path(root, part or '').expanduser()
-            if message := missing(place, f'{path}.{key}', cfg):
+            place = Path(root, part or '')
+            whole = place.expanduser()
+            message = missing(whole, f'{path}.{key}', cfg)
+            if not message and place != whole and not _expands(cls):
+                message = f'{path}.{key}: {place} is read as it stands, with a folder '
+                message += f'called {place.parts[0]}. Write {whole}.'
+            if message:
                 yield Finding('missing path', message)
                 return
 
@@ -303,6 +308,12 @@ def _metrics(cfg: Config, split: str) -> set[str]:
         if not part.get('format_only'):
             found |= {names} if isinstance(names, str) else {*names}
     return found
+
+
+def _expands(cls: type | None) -> bool:
+    """Whether a data set takes ~ for the home folder, as MMPretrain's do."""
+    bases = inspect.getmro(cls) if inspect.isclass(cls) else ()
+    return any(base.__module__.startswith('mmpretrain.') for base in bases)
 
 
 def _can_download(cls: type | None) -> bool:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -407,6 +408,19 @@ def test_order_of_classes_in_another_split(coco, run, tmp_path, split):
     assert run('detector', coco, text=text, split=split) == []
 
 
+def test_order_of_classes_beside_a_set(coco, run, tmp_path):
+    """MMDetection's ConcatDataset takes what it likes, and trains on both."""
+    other = shutil.copytree(coco, tmp_path / 'other')
+    edit(other, lambda content: content['categories'].reverse())
+    text = beside('detector', other).replace(
+        f'data_root={str(other)!r}',
+        f"data_root={str(other)!r}, metainfo=dict(classes=('bar', 'square'))",
+    )
+    ((rule, place, _),) = run('detector', coco, text=text)
+    assert rule == 'order of classes'
+    assert place == 'train_dataloader.dataset.datasets.1'
+
+
 def test_category_whose_name_is_no_text(coco, run):
     def change(content):
         content['annotations'].clear()
@@ -469,6 +483,16 @@ def test_folder_that_is_not_named(coco, run, prefix):
     text = text.replace("'ann.json', ,", "'ann.json',")
     (found,) = run('detector', coco, text=text)
     assert found[::2] == ('image folder', "its data_prefix has no 'img'")
+
+
+def test_home_folder(coco, cls, run, monkeypatch):
+    """MMPretrain expands ~, the others look for a folder of that name."""
+    monkeypatch.setenv('HOME', str(coco.parent))
+    ((rule, message, _),) = run('detector', Path('~/coco'))
+    assert rule == 'missing path'
+    assert 'data_root: ~/coco is read as it' in message
+    assert message.endswith(f'Write {coco}.')
+    assert run('classifier', Path('~/cls')) == []
 
 
 def test_missing_folder(run, tmp_path):
