@@ -387,15 +387,16 @@ class Entries:
     def check_use(self, ann_file: str, trains: bool, scored: bool) -> Iterator[Finding]:
         """Whether there is something to train on, of each class, or to score."""
         reasons = ', '.join(f'{n} {why}' for why, n in self.unused.most_common())
-        rule = 'nothing to train on' if trains else 'nothing to score'
-        if not self.usable and self.unused:
+        if not self.usable:
             counts = 'can be trained on' if trains else 'counts'
             detail = f'none of its annotations {counts}: {reasons}'
-            yield Finding(rule, ann_file, detail)
-        elif not self.usable and (trains or scored):
-            # photos of the background, or without labels
-            detail, lacks = 'it has no annotations', tuple(self.classes)
-            yield Finding(rule, ann_file, detail, lacks=lacks)
+            lacks: tuple[str, ...] = ()
+            if not self.unused:  # photos of the background, or without labels
+                detail, lacks = 'it has no annotations', tuple(self.classes)
+            if trains:
+                yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
+            elif self.unused or scored:
+                yield Finding('nothing to score', ann_file, detail, lacks=lacks)
         if not self.usable or not trains:
             return
         named = [*self.names.values()]  # perhaps of lists
