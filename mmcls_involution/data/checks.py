@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 from mmcv.image import rescale_size
 from mmengine.config import Config
-from mmengine.registry import DATASETS, METRICS, TRANSFORMS
+from mmengine.registry import DATASETS, EVALUATOR, METRICS, MODELS, TRANSFORMS
 from rich.progress import track
 
 from mmcls_involution.data import coco, folders, images, segmentation
@@ -80,7 +80,19 @@ def check_split_quickly(cfg: Config, split: str) -> Iterator[Finding]:
             if message := missing(Path(file), key, cfg):
                 yield Finding('missing path', message)
             elif coco.scores_coco(registered(METRICS, evaluator.get('type'))):
-                yield from _check_evaluator(key, file, data_sets(cfg, split))
+                yield from _check_evaluator(key, file, _scored(cfg, split, path))
+
+
+def _scored(cfg: Config, split: str, path: str) -> list[tuple[str, dict]]:
+    """The data sets of a split that the evaluator at a path scores."""
+    parts, whole = data_sets(cfg, split), cfg[f'{split}_evaluator']
+    if isinstance(whole, dict) and is_called(
+        whole.get('type'), 'MultiDatasetsEvaluator', EVALUATOR
+    ):  # one for each
+        number = path.removeprefix(f'{split}_evaluator.metrics.')
+        fits = number.isdigit() and len(whole.metrics) == len(parts)
+        return [parts[int(number)]] if fits else []
+    return parts
 
 
 def _check_topk(cfg: Config, path: str, evaluator: dict) -> Iterator[Finding]:
@@ -128,17 +140,49 @@ def _check_evaluator(
 
     With several data sets it reads a file that holds all of theirs.
     """
-    if len(parts) != 1 or not parts[0][1].get('ann_file'):
+    if not parts or not all(part.get('ann_file') for _, part in parts):
         return
-    ((_, dataset),) = parts
-    used = Path(dataset.get('data_root') or '', dataset['ann_file'])
+    places = [Path(p.get('data_root') or '', p['ann_file']) for _, p in parts]
+    used = places[0]
+    if len(parts) > 1:
+        yield from _check_common_file(key, file, places)
     # Links, and .. in a path, lead to one file by two names.
-    if not used.exists() or not used.samefile(file):
+    elif not used.exists() or not used.samefile(file):
         yield Finding(
             'other annotations',
             f'{key} is {file}, but the data set reads {used}: the '
             f'metrics would be wrong. Set both, with --cfg-options {key}={used}.',
         )
+
+
+def _check_common_file(key: str, file: str, places: list[Path]) -> Iterator[Finding]:
+    """One metric of several data sets tells their images apart by the ids alone."""
+    try:
+        common, *others = (
+            dict.fromkeys(repr(image.get('id')) for image in coco.read(place).images)
+            for place in (Path(file), *places)
+        )
+    except coco.NotCoco:  # which the checks of the data sets say
+        return
+    seen: dict[Any, Path] = {}
+    for place, ids in zip(places, others, strict=True):
+        twice = next((i for i in ids if i in seen), None)
+        absent = next((i for i in ids if i not in common), None)
+        if twice is not None:
+            problem = f'image id {twice} is in {seen[twice]} and in {place}, and '
+            problem += 'predictions for both would be scored as of one image'
+        elif absent is not None:
+            problem = f'{file} has no image id {absent}, which {place} has'
+        else:
+            seen |= dict.fromkeys(ids, place)
+            continue
+        yield Finding(
+            'other annotations',
+            f'{key}: {problem}. Score each data set by itself, with a '
+            'MultiDatasetsEvaluator; or name a file of all images, numbered anew there '
+            'and in the files of the data sets.',
+        )
+        return
 
 
 def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
@@ -164,28 +208,27 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         parts = {}
     for key, part in parts.items():
         if is_local(dataset, part or root):
-            place = Path(root, part or '').expanduser()
-            if message := missing(place, f'{path}.{key}', cfg):
+            place = Path(root, part or '')
+            whole = place.expanduser()
+            message = missing(whole, f'{path}.{key}', cfg)
+            if not message and place != whole and not _expands(cls):
+                message = f'{path}.{key}: {place} is read as it stands, with a folder '
+                message += f'called {place.parts[0]}. Write {whole}.'
+            if message:
                 yield Finding('missing path', message)
                 return
 
-    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    classes = _class_names(dataset, cls)
     if isinstance(classes, str):
-        file = Path(classes).expanduser()
-        if not file.is_file():
-            yield Finding(
-                'classes as text',
-                f'{path}: classes is the text {classes!r}, and no file has that name. '
-                f"A single class is written classes=('{classes}',), with a comma, or "
-                f'on the command line classes="[{classes}]".',
-            )
-            return
-        classes = file.read_text().splitlines()
-    if classes is None:
-        classes = getattr(cls, 'METAINFO', {}).get('classes')
+        yield Finding(
+            'classes as text',
+            f'{path}: classes is the text {classes!r}, and no file has that name. '
+            f"A single class is written classes=('{classes}',), with a comma, or "
+            f'on the command line classes="[{classes}]".',
+        )
+        return
     if classes is None:
         return
-    classes = list(classes)
     ann_file = dataset.get('ann_file')
     if coco.reads_objects(cls) and 'img' not in prefix:
         # MMDetection's own default has none, and ends in KeyError: 'img'.
@@ -198,8 +241,9 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
             Path(root, prefix.get('img', '')),
             classes,
             coco.reads_objects(cls),
-            coco.uses_masks(cfg, split),
+            coco.loads_masks(cfg, split),
             split == 'train' and coco.reads_polygons_alone(dataset),
+            _metrics(cfg, split),
         )
     # Panoptic boxes are of fewer classes than the data set, tracks of fewer than the
     # videos.
@@ -207,6 +251,7 @@ def check_quickly(cfg: Config, path: str, dataset: dict) -> Iterator[Finding]:
         *cfg.model
     }:
         yield from _check_heads(cfg, path, classes)
+        yield from _check_order(cfg, path, classes)
 
 
 def _check_kinds(path: str, dataset: dict) -> None:
@@ -220,6 +265,57 @@ def _check_kinds(path: str, dataset: dict) -> None:
                 )
 
 
+def _class_names(dataset: dict, cls: type | None) -> list[str] | str | None:
+    """The classes of a data set; or the text in their place that names no file."""
+    classes = dataset.get('classes') or (dataset.get('metainfo') or {}).get('classes')
+    if isinstance(classes, str):
+        file = Path(classes).expanduser()
+        if not file.is_file():
+            return classes
+        classes = file.read_text().splitlines()
+    if classes is None:
+        classes = getattr(cls, 'METAINFO', {}).get('classes')
+    return None if classes is None else list(classes)
+
+
+def _check_order(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding]:
+    """A class must have the same number wherever a model is trained or scored.
+
+    Each data set may fit its own file, where an annotation tool has written the
+    categories of one in another order than those of the other.
+    """
+    for first, part in data_sets(cfg, 'train')[:1]:
+        try:
+            _check_kinds(first, part)
+            trained = _class_names(part, registered(DATASETS, part.get('type')))
+        except UserError:  # which the check of that one says; a test is without it
+            return
+        if not isinstance(trained, list):
+            return
+        for number, name in enumerate(classes):
+            if name in trained and trained[number : number + 1] != [name]:
+                detail = f'{name!r} is class {number} here, and class '
+                detail += f'{trained.index(name)} of {first}'
+                yield Finding('order of classes', path, detail)
+                return
+
+
+def _metrics(cfg: Config, split: str) -> set[str]:
+    """What the evaluators of a split compute, and not only write down."""
+    found: set[str] = set()
+    for _, part in dicts(cfg.get(f'{split}_evaluator')):
+        names = part.get('metric', 'bbox' if part.get('ann_file') else ()) or ()
+        if not part.get('format_only'):
+            found |= {names} if isinstance(names, str) else {*names}
+    return found
+
+
+def _expands(cls: type | None) -> bool:
+    """Whether a data set takes ~ for the home folder, as MMPretrain's do."""
+    bases = inspect.getmro(cls) if inspect.isclass(cls) else ()
+    return any(base.__module__.startswith('mmpretrain.') for base in bases)
+
+
 def _can_download(cls: type | None) -> bool:
     return cls is not None and 'download' in inspect.signature(cls).parameters
 
@@ -229,10 +325,10 @@ def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
         *_, name = [name for name in head_path.split('.') if not name.isdigit()]
         number = head.get('num_classes')
         if (
-            name in HEADS
-            and isinstance(number, int)
+            isinstance(number, int)
             and not head.get('class_agnostic')
             and number != len(classes)
+            and (name in HEADS or (number < len(classes) and _helps(name, head)))
         ):
             yield Finding(
                 'number of classes',
@@ -240,6 +336,14 @@ def _check_heads(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
                 f'classes ({", ".join(map(str, classes[:10]))}'
                 f'{", ..." if len(classes) > 10 else ""})',
             )
+
+
+def _helps(name: str, head: dict) -> bool:
+    """Whether it is a second head of a segmenter for the same classes.
+
+    It may have more, without harm; one of another type may tell something else apart.
+    """
+    return name == 'auxiliary_head' and is_called(head.get('type'), 'FCNHead', MODELS)
 
 
 # ----------------------------------------------------------------------------- in full

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -126,6 +126,7 @@ def check_quickly(
     objects: bool,
     masks: bool,
     polygons: bool = False,
+    scored: Collection[str] = (),
 ) -> Iterator[Finding]:
     """Check an annotation file: against the config, in itself, its first photos.
 
@@ -135,9 +136,11 @@ def check_quickly(
         folder (Path): The folder of the photos.
         classes (list[str]): What the config says.
         objects (bool): Whether the annotations are objects in boxes.
-        masks (bool): Whether their masks are trained or evaluated.
+        masks (bool): Whether their masks are loaded.
         polygons (bool): Whether masks of another form than polygons are not read.
             Defaults to False.
+        scored (Collection[str]): The metrics that are computed of them, such as
+            ``segm``, which reads the masks too. Defaults to none.
     """
     try:
         content = read(ann_file)
@@ -157,15 +160,15 @@ def check_quickly(
         yield Finding('image folder', path, detail)
     if not objects:
         return
-    entries = Entries(content, classes, masks, polygons)
+    entries = Entries(content, classes, masks or 'segm' in scored, polygons)
     trains = path.startswith('train')
     for finding in entries.found:
         rule = finding.rule
-        if rule == 'short polygon' and not trains:
+        if rule == 'short polygon' and 'segm' in scored:
             # pycocotools takes 4 numbers for a box, and stops at fewer.
             rule = 'broken mask'
         yield replace(finding, rule=rule, file=str(ann_file))
-    yield from entries.check_use(str(ann_file), trains)
+    yield from entries.check_use(str(ann_file), trains, bool(scored))
 
 
 def _check_classes(
@@ -381,20 +384,20 @@ class Entries:
             return ''
         return f'; the images have {twin!r}: both must be numbers'
 
-    def check_use(self, ann_file: str, trains: bool) -> Iterator[Finding]:
-        """Whether there is something to train on, of each class."""
+    def check_use(self, ann_file: str, trains: bool, scored: bool) -> Iterator[Finding]:
+        """Whether there is something to train on, of each class, or to score."""
         reasons = ', '.join(f'{n} {why}' for why, n in self.unused.most_common())
-        if not trains:
-            if self.unused and not self.usable:
-                detail = f'none of its annotations counts: {reasons}'
-                yield Finding('nothing to score', ann_file, detail)
-            return
         if not self.usable:
-            detail = f'none of its annotations can be trained on: {reasons}'
+            counts = 'can be trained on' if trains else 'counts'
+            detail = f'none of its annotations {counts}: {reasons}'
             lacks: tuple[str, ...] = ()
             if not self.unused:  # photos of the background, or without labels
                 detail, lacks = 'it has no annotations', tuple(self.classes)
-            yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
+            if trains:
+                yield Finding('nothing to train on', ann_file, detail, lacks=lacks)
+            elif self.unused or scored:
+                yield Finding('nothing to score', ann_file, detail, lacks=lacks)
+        if not self.usable or not trains:
             return
         named = [*self.names.values()]  # perhaps of lists
         lacks = tuple(c for c in self.classes if c in named and not self.usable[c])
@@ -488,9 +491,7 @@ def reads_polygons_alone(dataset: dict) -> bool:
     )
 
 
-def uses_masks(cfg: Config, split: str) -> bool:
-    """Whether the config trains masks, or evaluates them, in a split."""
-    if split == 'train':
-        return any(part.get('with_mask') for _, part in dicts(cfg.train_dataloader))
-    evaluators = dicts(cfg.get(f'{split}_evaluator'))
-    return any('segm' in (part.get('metric') or ()) for _, part in evaluators)
+def loads_masks(cfg: Config, split: str) -> bool:
+    """Whether a pipeline of a split loads masks."""
+    loader = cfg.get(f'{split}_dataloader')
+    return any(part.get('with_mask') for _, part in dicts(loader))

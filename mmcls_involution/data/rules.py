@@ -41,7 +41,14 @@ _RULES = (
     Rule(
         'classes',
         'set metainfo.classes to these, or to some of them in the same order, and '
-        'num_classes of the heads to their number',
+        'num_classes of the heads to their number; where files differ, sort the '
+        'categories of one first',
+        quick=True,
+    ),
+    Rule(
+        'order of classes',
+        'the scores would be of other classes; give both one order, in '
+        'metainfo.classes and in the categories of the annotation file',
         quick=True,
     ),
     Rule(
@@ -76,7 +83,8 @@ _RULES = (
     ),
     Rule(
         'nothing to score',
-        'the scores will be -1; iscrowd=1 is for areas that a model need not find',
+        'the scores will be -1; annotate objects; iscrowd=1 is for areas that a model '
+        'need not find',
         warns=True,
     ),
     Rule(
@@ -141,8 +149,9 @@ _RULES = (
     ),
     Rule(
         'no mask',
-        'the config trains or evaluates masks, and stops here; draw it, or take the '
-        'object out',
+        'the config loads or evaluates masks, and stops here; draw it, take the object '
+        'out, or do without masks: with_mask=False in LoadAnnotations, metric=bbox in '
+        'the evaluator',
         quick=True,
     ),
     Rule(

@@ -80,15 +80,16 @@ def check_resume(cfg: Config) -> None:
     problems = [*_weights(model, checkpoint['state_dict'])]
     if isinstance(wrapper, OptimWrapper) and 'optimizer' in checkpoint:
         problems += _optimizer(wrapper, checkpoint['optimizer'], earlier, cfg)
+    problems += _schedules(checkpoint.get('param_schedulers'), earlier, cfg)
     if problems:
         changed = list(_changed(earlier, cfg, ('model', 'optim_wrapper')))
         if changed:
             problems.insert(0, f'The config says {_some(changed)}')
         raise UserError(
-            f'Cannot resume {path}, which is of a training with another model or '
-            f'optimizer than the config. {". ".join(problems)}. Nothing has been '
-            'changed. Resume with the config of that training; or start a new one '
-            'from its weights: another --work-dir, no --resume, and --cfg-options '
+            f'Cannot resume {path}, which is of a training with another model, '
+            f'optimizer or schedule than the config. {". ".join(problems)}. Nothing '
+            'has been changed. Resume with the config of that training; or start a new '
+            'one from its weights: another --work-dir, no --resume, and --cfg-options '
             f'load_from={path}'
         )
     if isinstance(wrapper, OptimWrapper):
@@ -138,9 +139,35 @@ def _optimizer(
 
 
 def _kind(cfg: dict) -> str:
-    """The class of a config's optimizer, which may be named with its module."""
-    kind = (cfg.get('optim_wrapper') or {}).get('optimizer', {}).get('type')
+    """The class of a config's optimizer."""
+    return _class_name((cfg.get('optim_wrapper') or {}).get('optimizer', {}))
+
+
+def _class_name(part: dict) -> str:
+    """The class of a part of a config, which may be named with its module."""
+    kind = part.get('type')
     return getattr(kind, '__name__', str(kind)).rpartition('.')[2]
+
+
+def _schedules(states: Any, earlier: dict, cfg: Config) -> Iterator[str]:
+    """What keeps states of schedules from being those of the config's.
+
+    MMEngine gives them out in turn, whatever they are of: the rate would follow neither
+    the earlier schedule nor the new one.
+    """
+    if not isinstance(states, list):  # none, or those of several optimizers
+        return
+    found = []
+    for which in (earlier, cfg):
+        parts = which.get('param_scheduler') or []
+        parts = [parts] if isinstance(parts, dict) else parts
+        found.append([_class_name(part) for part in parts])
+    # The text of a config may not tell them.
+    known = 'param_scheduler' in earlier
+    if len(states) != len(found[1]) or (known and found[0] != found[1]):
+        names = [', '.join(kinds) or 'none' for kinds in found]
+        before = names[0] if known else f'{len(states)} of them'
+        yield f'Its param_scheduler is {before}, that of the config {names[1]}'
 
 
 def _name_what_is_kept(

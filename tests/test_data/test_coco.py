@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -236,6 +237,17 @@ def test_masks_that_are_evaluated(coco, run):
     assert (rule, place) == ('broken mask', 'annotation 2 of 0.png')
 
 
+def test_masks_that_validation_loads(coco, run):
+    """They stop it where they are missing, be they evaluated or not."""
+    edit(coco, lambda content: content['annotations'][2].pop('segmentation'))
+    text = CONFIGS['detector'].replace('train_', 'val_')
+    options = ['val_evaluator.type=CocoMetric', 'val_evaluator.metric=bbox']
+    assert run('validation', coco, *options, split='val', text=text) == []
+    options.append('val_dataloader.dataset.pipeline.0.with_mask=True')
+    found = run('validation', coco, *options, split='val', text=text)
+    assert found == [('no mask', 'annotation 3 of 1.png', 'has no segmentation')]
+
+
 def test_message_before_a_run_names_the_file(coco):
     edit(coco, annotation(bbox=None))
     text = CONFIGS['detector'].replace('{root}', str(coco))
@@ -251,6 +263,24 @@ def test_nothing_to_score(coco, run):
     (found,) = run('validation', coco, split='val', text=text)
     detail = 'none of its annotations counts: 8 with iscrowd=1'
     assert found == ('nothing to score', str(coco / 'ann.json'), detail)
+
+
+@pytest.mark.parametrize('written', [False, True])
+def test_no_annotations_to_score(coco, run, written, tmp_path):
+    """As in a validation set that nobody has labelled; lists of test images have none.
+
+    Beside a set with objects one may have photos of the background alone.
+    """
+    other = shutil.copytree(coco, tmp_path / 'other')
+    edit(coco, lambda content: content['annotations'].clear())
+    options = ['val_evaluator.type=CocoMetric', f'val_evaluator.format_only={written}']
+    options.append(f'val_evaluator.ann_file={coco / "ann.json"}')
+    text = CONFIGS['detector'].replace('train_', 'val_')
+    found = run('validation', coco, *options, split='val', text=text)
+    right = ('nothing to score', str(coco / 'ann.json'), 'it has no annotations')
+    assert found == ([] if written else [right])
+    text = beside('detector', other).replace('train_', 'val_')
+    assert run('validation', coco, *options, split='val', text=text) == []
 
 
 def test_image_too_narrow_to_be_resized(coco, run):
@@ -355,6 +385,42 @@ def test_classes_that_do_not_fit_the_file(coco, run):
     assert rules == ['classes', 'unknown category']
 
 
+@pytest.mark.parametrize('split', ['val', 'test'])
+def test_order_of_classes_in_another_split(coco, run, tmp_path, split):
+    """Each data set fits its file, but square is label 0 of one and 1 of the other."""
+    other = shutil.copytree(coco, tmp_path / 'other')
+    edit(other, lambda content: content['categories'].reverse())
+    text = f"""{CONFIGS['detector']}
+{split}_dataloader = dict(dataset=dict(
+    train_dataloader['dataset'], data_root={str(other)!r}))
+"""
+    option = f'{split}_dataloader.dataset.metainfo.classes=[bar,square]'
+    ((rule, place, _),) = run('detector', coco, text=text, split=split)
+    assert (rule, place[:4]) == ('classes', f'{split}_'[:4])
+    assert run('detector', coco, option, text=text, split=split) == [
+        (
+            'order of classes',
+            f'{split}_dataloader.dataset',
+            "'bar' is class 0 here, and class 1 of train_dataloader.dataset",
+        )
+    ]
+    edit(other, lambda content: content['categories'].reverse())
+    assert run('detector', coco, text=text, split=split) == []
+
+
+def test_order_of_classes_beside_a_set(coco, run, tmp_path):
+    """MMDetection's ConcatDataset takes what it likes, and trains on both."""
+    other = shutil.copytree(coco, tmp_path / 'other')
+    edit(other, lambda content: content['categories'].reverse())
+    text = beside('detector', other).replace(
+        f'data_root={str(other)!r}',
+        f"data_root={str(other)!r}, metainfo=dict(classes=('bar', 'square'))",
+    )
+    ((rule, place, _),) = run('detector', coco, text=text)
+    assert rule == 'order of classes'
+    assert place == 'train_dataloader.dataset.datasets.1'
+
+
 def test_category_whose_name_is_no_text(coco, run):
     def change(content):
         content['annotations'].clear()
@@ -417,6 +483,16 @@ def test_folder_that_is_not_named(coco, run, prefix):
     text = text.replace("'ann.json', ,", "'ann.json',")
     (found,) = run('detector', coco, text=text)
     assert found[::2] == ('image folder', "its data_prefix has no 'img'")
+
+
+def test_home_folder(coco, cls, run, monkeypatch):
+    """MMPretrain expands ~, the others look for a folder of that name."""
+    monkeypatch.setenv('HOME', str(coco.parent))
+    ((rule, message, _),) = run('detector', Path('~/coco'))
+    assert rule == 'missing path'
+    assert 'data_root: ~/coco is read as it' in message
+    assert message.endswith(f'Write {coco}.')
+    assert run('classifier', Path('~/cls')) == []
 
 
 def test_missing_folder(run, tmp_path):

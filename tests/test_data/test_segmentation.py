@@ -81,6 +81,21 @@ def test_label_without_an_image(seg, run):
     ]
 
 
+@pytest.mark.parametrize(
+    ('kind', 'number', 'rules'),
+    [
+        ('FCNHead', 1, ['number of classes']),
+        ('FCNHead', 19, []),  # more do no harm
+        ('STDCHead', 1, []),  # tells borders from areas
+    ],
+)
+def test_classes_of_an_auxiliary_head(seg, run, kind, number, rules):
+    """One that is left as it was stops training at the first label it does not have."""
+    key = 'model.auxiliary_head'
+    options = [f'{key}.type={kind}', f'{key}.num_classes={number}']
+    assert [row[0] for row in run('segmenter', seg, *options)] == rules
+
+
 def test_wrong_suffix(seg, run):
     found = run('segmenter', seg, 'train_dataloader.dataset.img_suffix=.jpg')
     assert found == [

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
 from PIL import Image
+
+from mmcls_involution.data.checks import check_split_quickly
 
 
 def odd_annotations(coco_root: Path, file: Path, change: Callable[[dict], None]) -> str:
@@ -131,6 +135,60 @@ val_dataloader = dict(dataset=dict(
     )  # fmt: skip
     assert f'but the data set reads {other}' in message
     assert f'--cfg-options val_evaluator.ann_file={other}' in message
+
+
+@pytest.mark.parametrize(
+    ('first', 'evaluator', 'expected'),
+    [
+        (0, '{a}', 'image id 1 is in {a} and in {b}, and predictions for both would'),
+        (4, '{a}', 'val_evaluator.ann_file: {a} has no image id 5, which {b} has'),
+        (4, '{both}', None),
+        (0, 'each', None),
+        (0, 'each the other', 'val_evaluator.metrics.0.ann_file is {b}, but'),
+    ],
+)
+def test_metrics_of_several_data_sets(coco_root, tmp_path, first, evaluator, expected):
+    """What annotation tools write numbers the images of each set from the same number.
+
+    pycocotools takes those of one number for one image, without a word.
+    """
+    a, b, both = files = [tmp_path / f'{name}.json' for name in ('a', 'b', 'both')]
+    one, other = (json.loads((coco_root / 'ann.json').read_text()) for _ in range(2))
+    for image in other['images']:
+        image['id'] += first
+    for annotation in other['annotations']:
+        annotation['image_id'] += first
+        annotation['id'] += len(one['annotations'])
+    keys = ('images', 'annotations')
+    whole = dict(one, **{key: one[key] + other[key] for key in keys})
+    for file, content in zip(files, (one, other, whole), strict=True):
+        file.write_text(json.dumps(content))
+    metrics = [dict(type='CocoMetric', ann_file=str(file)) for file in (a, b)]
+    if evaluator == 'each the other':
+        metrics.reverse()
+    scored = dict(type='CocoMetric', ann_file=evaluator.format(a=a, both=both))
+    if evaluator.startswith('each'):
+        scored = dict(type='MultiDatasetsEvaluator', metrics=metrics)
+    inner = dict(
+        type='CocoDataset',
+        data_root=str(coco_root),
+        data_prefix=dict(img=''),
+        metainfo=dict(classes=('square', 'bar')),
+    )
+    parts = [dict(inner, ann_file=str(file)) for file in (a, b)]
+    cfg = Config(
+        dict(
+            model=dict(bbox_head=dict(num_classes=2)),
+            val_dataloader=dict(dataset=dict(type='ConcatDataset', datasets=parts)),
+            val_evaluator=scored,
+        )
+    )
+    init_default_scope('mmdet')
+    found = [finding.message for finding in check_split_quickly(cfg, 'val')]
+    if expected is None:
+        assert found == []
+    else:
+        assert expected.format(a=a, b=b) in found[0]
 
 
 @pytest.mark.parametrize('name', ['none/../ann.json', 'link.json'])

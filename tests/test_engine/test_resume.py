@@ -111,6 +111,14 @@ def test_resume_keeps_the_best_checkpoint_of_the_other_run(tool, tmp_path):
             r'optimizer has (\d+) parameters in 1 group\(s\), that of the config \1 '
             r'parameters in \1 group',
         ),
+        (
+            ['param_scheduler.0.type=LinearLR'],
+            'Its param_scheduler is PolyLR, that of the config LinearLR',
+        ),
+        (
+            ['param_scheduler=None'],
+            'Its param_scheduler is PolyLR, that of the config none',
+        ),
     ],
 )  # fmt: skip
 def test_resume_of_another_training(options, expected, checkpoint, tool, tmp_path):
