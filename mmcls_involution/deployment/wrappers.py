@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmcv.cnn import fuse_conv_bn
+from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from mmcls_involution.engine.errors import UserError
@@ -77,6 +79,11 @@ class Exported(nn.Module):
         worst = (difference(*pair) for pair in zip(expected, found, strict=True))
         if not all(value <= TOLERANCE for value in worst):  # NaN too
             self.model = unfolded
+            print_log(
+                'Folding batch norms into convolutions would change the outputs of '
+                'this model: they stay norms, and take their time',
+                level=logging.WARNING,
+            )
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """The outputs that :meth:`names` names."""
