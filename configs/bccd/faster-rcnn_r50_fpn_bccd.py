@@ -15,6 +15,8 @@ model = dict(
     train_cfg=dict(rcnn=dict(sampler=dict(num=64))),
 )
 
+optim_wrapper = dict(optimizer=dict(lr=1e-3))  # docs/initialization.md
+
 default_hooks = dict(
     logger=dict(interval=20),
     checkpoint=dict(interval=1, max_keep_ckpts=2, save_best='coco/bbox_mAP'),
