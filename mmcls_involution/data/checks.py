@@ -284,20 +284,22 @@ def _check_order(cfg: Config, path: str, classes: list[str]) -> Iterator[Finding
     Each data set may fit its own file, where an annotation tool has written the
     categories of one in another order than those of the other.
     """
-    for first, part in data_sets(cfg, 'train')[:1]:
-        try:
-            _check_kinds(first, part)
-            trained = _class_names(part, registered(DATASETS, part.get('type')))
-        except UserError:  # which the check of that one says; a test is without it
+    if not (parts := data_sets(cfg, 'train')):
+        return
+    first, part = parts[0]
+    try:
+        _check_kinds(first, part)
+        trained = _class_names(part, registered(DATASETS, part.get('type')))
+    except UserError:  # which the check of that one says; a test is without it
+        return
+    if not isinstance(trained, list):
+        return
+    for number, name in enumerate(classes):
+        if name in trained and trained[number : number + 1] != [name]:
+            detail = f'{name!r} is class {number} here, and class '
+            detail += f'{trained.index(name)} of {first}'
+            yield Finding('order of classes', path, detail)
             return
-        if not isinstance(trained, list):
-            return
-        for number, name in enumerate(classes):
-            if name in trained and trained[number : number + 1] != [name]:
-                detail = f'{name!r} is class {number} here, and class '
-                detail += f'{trained.index(name)} of {first}'
-                yield Finding('order of classes', path, detail)
-                return
 
 
 def _metrics(cfg: Config, split: str) -> set[str]:
