@@ -118,7 +118,8 @@ def export_onnx(
     # TorchScript's exporter sees the standard form, the other one is given it.
     seen = exporter == 'torchscript' and operator == 'standard'
     kept = nullcontext() if seen else standard.kept()
-    with _silent(), kept:
+    fixed = nullcontext() if dynamic else standard.fixed_sizes()
+    with _silent(), kept, fixed:
         try:
             if exporter == 'dynamo':
                 proto = torch.onnx.export(model, (image,), **options).model_proto
@@ -232,6 +233,8 @@ def load(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.intra_op_num_threads = threads
+    # Else threads that wait look for work less and less often, and find it late.
+    options.add_session_config_entry('session.intra_op.spin_backoff_max', '1')
     if operator == 'custom':
         register_custom_operators(options)
     session = onnxruntime.InferenceSession(

@@ -11,12 +11,15 @@ that spans them writes the zeros between.
 Windows keep the order of the image, rows of it before tiles, so that each transposition
 of pixels moves one axis alone: ONNX Runtime took ten times as long for the others.
 
-Sizes may be symbols, of torch.export or of torch.jit.trace.
+Windows and kernels hold 13 and 1.9 times the values that they are made of. Where sizes
+are fixed they are made and multiplied for a few rows of the output after the other, of
+as many as a cache holds. Else sizes may be symbols, of torch.export or of
+torch.jit.trace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -24,9 +27,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TILE = 7  # of a feature map's sides at 224 pixels, and the fastest of 4, 7, 8 and 14
+STRIP = 2**20  # values of windows and kernels at a time, the fastest of 2**18 to 2**21
+PARTS = 8  # of a batch at most: the file grows with their number
 
-
-_kept = False
+_kept = _fixed = False
 
 
 def exporting() -> bool:
@@ -45,6 +49,17 @@ def kept() -> Iterator[None]:
         _kept = False
 
 
+@contextmanager
+def fixed_sizes() -> Iterator[None]:
+    """Let exporters write for the sizes of their example; not for several threads."""
+    global _fixed
+    _fixed = True
+    try:
+        yield
+    finally:
+        _fixed = False
+
+
 def involution2d(
     input: Tensor,
     weight: Tensor,
@@ -53,20 +68,25 @@ def involution2d(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.involution2d`."""
-    columns = weight.shape[3]
-    window = window_of(columns, stride[1], dilation[1])
-    kernels = weight.permute(0, 1, 4, 5, 2, 3)  # N, G, Ho, Wo, K, K
-    kernels = _spread(kernels.flatten(1, 2), window, stride[1], dilation[1])
-    kernels = F.pad(kernels, (0, 0, 0, -weight.shape[5] % TILE))
-    return _sum_windows(
-        input,
-        kernels.unflatten(1, (weight.shape[1], -1)).flatten(2, 3),
-        weight.shape[2:4],
-        weight.shape[4:],
-        stride,
-        padding,
-        dilation,
-    )
+    groups, *kernel_size = _sizes(weight.shape[1:4])
+    size = _sizes(weight.shape[4:])
+    window = window_of(kernel_size[1], stride[1], dilation[1])
+
+    def of_images(input: Tensor, weight: Tensor) -> Tensor:
+        def spread(kernels: Tensor) -> Tensor:
+            kernels = kernels.permute(0, 1, 4, 5, 2, 3)  # N, G, Ho, Wo, K, K
+            kernels = _spread(kernels, window, stride[1], dilation[1])
+            kernels = F.pad(kernels, (0, 0, 0, -size[1] % TILE))
+            height, width, pitch = _sizes(kernels.shape[2:])
+            return kernels.reshape(-1, groups, height * width, pitch)
+
+        channels = _sizes(input.shape)[1] // groups
+        rows = _rows(input, size, channels, kernel_size[0] * window)
+        strips = map(spread, _split(weight, rows, 4))
+        sizes = channels, rows, kernel_size, size
+        return _sum_windows(input, strips, *sizes, stride, padding, dilation)
+
+    return _by_image(of_images, input, weight)
 
 
 def fused_involution2d(
@@ -80,7 +100,7 @@ def fused_involution2d(
     dilation: Sequence[int],
 ) -> Tensor:
     """See :func:`mmcls_involution.ops.fused_involution2d`."""
-    height, width = reduced.shape[2:]
+    height, width = size = _sizes(reduced.shape[2:])
     window = window_of(kernel_size[1], stride[1], dilation[1])
     span = weight.flatten(1)
     if bias is not None:  # as the weight of one more channel, of ones
@@ -88,17 +108,20 @@ def fused_involution2d(
     span = span.unflatten(0, (-1, *kernel_size)).permute(0, 3, 1, 2)  # G, R, K, K
     span = _spread(span, window, stride[1], dilation[1])
     more = 0 if bias is None else 1
-    pixels = F.pad(reduced, (0, -width % TILE, 0, 0, 0, more), value=1.0)
-    pixels = pixels.flatten(2).transpose(1, 2).unsqueeze(1)
-    return _sum_windows(
-        input,
-        torch.matmul(pixels, span),
-        kernel_size,
-        (height, width),
-        stride,
-        padding,
-        dilation,
-    )
+    (groups,) = _sizes(span.shape[:1])
+
+    def of_images(input: Tensor, reduced: Tensor) -> Tensor:
+        line = width + -width % TILE
+        pixels = F.pad(reduced, (0, line - width, 0, 0, 0, more), value=1.0)
+        pixels = pixels.reshape(-1, 1, pixels.shape[1], height * line).transpose(2, 3)
+        channels = _sizes(input.shape)[1] // groups
+        rows = _rows(input, size, channels, kernel_size[0] * window)
+        pixels = _split(pixels, rows * line, 2)
+        strips = (torch.matmul(some, span) for some in pixels)
+        sizes = channels, rows, kernel_size, size
+        return _sum_windows(input, strips, *sizes, stride, padding, dilation)
+
+    return _by_image(of_images, input, reduced)
 
 
 def involution2d_by_rows(
@@ -189,38 +212,74 @@ def _spread(kernels: Tensor, window: int, stride: int, dilation: int) -> Tensor:
     return F.pad(kernels.flatten(-2), (0, stride))
 
 
+def _sizes(sizes: Sequence[int]) -> Sequence[int]:
+    return [int(size) for size in sizes] if _fixed else sizes
+
+
+def _by_image(form: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """A function of some images, of one after the other."""
+    (batch,) = _sizes(tensors[0].shape[:1])
+    parts = (_split(x, -(-batch // PARTS), 0) for x in tensors)
+    found = [form(*part) for part in zip(*parts, strict=True)]
+    return torch.cat(found) if len(found) > 1 else found[0]
+
+
+def _rows(input: Tensor, size: Sequence[int], channels: int, columns: int) -> int:
+    """Rows of the output that are made at a time: about as many in each strip."""
+    height, width = size
+    if not _fixed:
+        return height
+    batch, all_channels = _sizes(input.shape[:2])
+    windows = batch * all_channels // channels * ((width + TILE - 1) // TILE)
+    strips = -(-height // max(1, STRIP // (windows * columns * (channels + TILE))))
+    return -(-height // strips)
+
+
+def _split(x: Tensor, length: int, dim: int) -> Sequence[Tensor]:
+    (size,) = _sizes(x.shape[dim : dim + 1])
+    if not _fixed or length >= size:
+        return (x,)
+    # Torch's exporter makes the last of equal lengths as long as the others.
+    return x.split([min(length, size - i) for i in range(0, size, length)], dim)
+
+
 def _sum_windows(
     input: Tensor,
-    kernels: Tensor,
+    kernels: Iterable[Tensor],
+    channels: int,
+    rows: int,
     kernel_size: Sequence[int],
     size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
 ) -> Tensor:
-    """The product of kernels [N, G, Ho*tiles*TILE, K*window + stride] and windows."""
+    """The products of windows, of `channels` each, and kernels.
+
+    A tensor [N, G, rows*tiles*TILE, K*window + stride] has those of `rows` rows.
+    """
     height, width = size
-    groups, pitch = kernels.shape[1], kernels.shape[3]
     tiles = (width + TILE - 1) // TILE
     window = window_of(kernel_size[1], stride[1], dilation[1])
     columns = kernel_size[0] * window
-    kernels = kernels.reshape(-1, groups, height * tiles, TILE * pitch)
-    kernels = kernels[..., : TILE * columns].unflatten(3, (TILE, columns))
+    pitch = columns + stride[1]
 
+    all_channels, *sides = _sizes(input.shape[1:])
     # A row of pixels is cut where tiles begin. A window is such a piece and the next,
     # or as many as it reaches into.
-    channels, step = input.shape[1] // groups, TILE * stride[1]
+    groups, step = all_channels // channels, TILE * stride[1]
     pieces = (window + step - 1) // step
-    right = (tiles + pieces - 1) * step - input.shape[3] - padding[1]
+    right = (tiles + pieces - 1) * step - sides[1] - padding[1]
     # A stride may leave pixels that no window sees, and `right` would be negative.
     pad = (0, 0, padding[1], right + stride[1], padding[0], padding[0])
-    images = input.reshape(-1, groups, channels, input.shape[2] * input.shape[3])
-    images = images.transpose(2, 3).unflatten(2, input.shape[2:])
+    images = input.reshape(-1, groups, channels, sides[0] * sides[1])
+    images = images.transpose(2, 3).reshape(-1, groups, *sides, channels)
     images = F.pad(images, pad)
+    lines_of_images = _sizes(images.shape)[2]
     strips = []
     for first in range(0, pieces * step, step):
         strip = images[:, :, :, first : first + tiles * step]
-        strip = strip.reshape(-1, groups, images.shape[2] * tiles, step * channels)
+        strip = strip.reshape(-1, groups, lines_of_images * tiles, step * channels)
         last = window - first < step
         strips.append(strip[..., : (window - first) * channels] if last else strip)
     strips = torch.cat(strips, dim=3)
@@ -228,9 +287,18 @@ def _sum_windows(
     lines = torch.arange(height, device=device) * stride[0] * tiles
     lines = lines[:, None, None] + torch.arange(tiles, device=device)[:, None]
     taps = torch.arange(kernel_size[0], device=device) * dilation[0] * tiles
-    windows = strips.index_select(2, (lines + taps).flatten())
-    windows = windows.reshape(-1, groups, height * tiles, columns, channels)
+    lines = (lines + taps).flatten()
 
-    out = torch.matmul(kernels, windows)  # N, G, Ho*tiles, TILE, C/G
-    out = out.flatten(2, 3).transpose(2, 3).unflatten(3, (height, tiles * TILE))
-    return out[..., :width].flatten(1, 2)
+    out = []
+    of_rows = _split(lines, rows * tiles * kernel_size[0], 0)
+    for some, lines in zip(kernels, of_rows, strict=True):
+        count = _sizes(some.shape)[2] // TILE
+        some = some.reshape(-1, groups, count, TILE * pitch)
+        some = some[..., : TILE * columns]
+        some = some.reshape(-1, groups, count, TILE, columns)
+        windows = strips.index_select(2, lines)
+        windows = windows.reshape(-1, groups, count, columns, channels)
+        out.append(torch.matmul(some, windows))  # N, G, rows*tiles, TILE, C/G
+    out = torch.cat(out, dim=2) if len(out) > 1 else out[0]
+    out = out.reshape(-1, groups, height * tiles * TILE, channels).transpose(2, 3)
+    return out.reshape(-1, all_channels, height, tiles * TILE)[..., :width]

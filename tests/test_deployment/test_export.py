@@ -25,7 +25,7 @@ from torch import nn
 from mmcls_involution.deployment import detections, export
 from mmcls_involution.deployment.wrappers import Exported
 from mmcls_involution.engine.errors import UserError
-from mmcls_involution.ops import Involution2d
+from mmcls_involution.ops import Involution2d, standard
 from mmcls_involution.paths import ROOT
 
 # Batches and odd sizes that the example is not of.
@@ -89,6 +89,26 @@ def test_other_generators(generator, exporter, tmp_path):
     export.export_onnx(model, image, file, exporter=exporter)
     run = export.load(file, 'onnx', threads=1)
     export.compare(model, run, [tuple(image.shape)])
+
+
+@needs_onnx
+@pytest.mark.parametrize('fused', [True, False])
+@pytest.mark.parametrize('batch, strips', [(1, 3), (5, 11 + 6)])
+def test_fixed_sizes_are_written_in_strips(batch, strips, fused, tmp_path, monkeypatch):
+    """11 rows: 4, 4 and 3; of three images one at a time, of two images two."""
+    import onnx
+
+    row_of_an_image = 2 * 2 * 45 * (8 + 7)  # groups, tiles, windows, their channels
+    monkeypatch.setattr(standard, 'STRIP', 4 * row_of_an_image)
+    monkeypatch.setattr(standard, 'PARTS', 2)
+    layer = Involution2d(16, 3, stride=2, fused=fused, group_channels=8)
+    model = Exported(around(layer), backbone=True)
+    image, file = torch.randn(batch, 16, 21, 23), tmp_path / 'model.onnx'
+    export.export_onnx(model, image, file)
+    export.compare(model, export.load(file, 'onnx', threads=1), [tuple(image.shape)])
+    nodes = [node.op_type for node in onnx.load(file).graph.node]
+    # A product of windows and kernels, and where these are generated one before it.
+    assert nodes.count('MatMul') == strips * (2 if fused else 1)
 
 
 @needs_onnx

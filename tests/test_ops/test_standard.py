@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,8 +12,13 @@ from mmcls_involution.ops import fused_involution2d, involution2d, standard
 from mmcls_involution.ops.registration import grad_of_weight
 
 
+@pytest.mark.parametrize('fixed', [False, True], ids=['any size', 'fixed sizes'])
 @pytest.mark.parametrize('turn', range(12))
-def test_standard_operators_agree_with_the_reference(turn):
+def test_standard_operators_agree_with_the_reference(turn, fixed, monkeypatch):
+    """With fixed sizes in strips of some rows, down to one, of a part of the batch."""
+    monkeypatch.setattr(standard, 'STRIP', 10 ** random.randint(0, 5))
+    monkeypatch.setattr(standard, 'PARTS', random.randint(1, 3))
+    form_of_sizes = standard.fixed_sizes if fixed else nullcontext
     kernel = random.choice([1, 3, 5, 7])
     stride, dilation = (random.choices([1, 2, 3], k=2) for _ in range(2))
     padding = [random.choice([0, kernel // 2 * d]) for d in dilation]
@@ -32,7 +38,9 @@ def test_standard_operators_agree_with_the_reference(turn):
     weight = draw(batch, groups, kernel, kernel, height, width)
     expected = involution2d(image, weight, *arguments, backend='reference')
     for form in (standard.involution2d, standard.involution2d_by_rows):
-        torch.testing.assert_close(form(image, weight, *arguments), expected)
+        with form_of_sizes():
+            found = form(image, weight, *arguments)
+        torch.testing.assert_close(found, expected)
 
     torch.testing.assert_close(
         standard.grad_of_weight(grad, image, weight.shape, *arguments),
@@ -48,5 +56,6 @@ def test_standard_operators_agree_with_the_reference(turn):
         image, small, span, bias, kernel_size=kernel, backend='reference', **options
     )
     for form in (standard.fused_involution2d, standard.fused_involution2d_by_rows):
-        found = form(image, small, span, bias, (kernel, kernel), *arguments)
+        with form_of_sizes():
+            found = form(image, small, span, bias, (kernel, kernel), *arguments)
         torch.testing.assert_close(found, expected)
