@@ -233,8 +233,8 @@ def load(
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors alone
     options.intra_op_num_threads = threads
-    # Else threads that wait look for work less and less often, and find it late.
-    options.add_session_config_entry('session.intra_op.spin_backoff_max', '1')
+    # Else its threads go on to wait for work, at full speed, when it is others' turn.
+    options.add_session_config_entry('session.force_spinning_stop', '1')
     if operator == 'custom':
         register_custom_operators(options)
     session = onnxruntime.InferenceSession(

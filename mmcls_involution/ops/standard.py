@@ -28,7 +28,8 @@ from torch import Tensor
 
 TILE = 7  # of a feature map's sides at 224 pixels, and the fastest of 4, 7, 8 and 14
 STRIP = 2**20  # values of windows and kernels at a time, the fastest of 2**18 to 2**21
-PARTS = 8  # of a batch at most: the file grows with their number
+PARTS = 8  # of a batch at most, for the file grows with their number
+STRIPS = 16  # of a part at most, for the same reason
 
 _kept = _fixed = False
 
@@ -231,7 +232,8 @@ def _rows(input: Tensor, size: Sequence[int], channels: int, columns: int) -> in
         return height
     batch, all_channels = _sizes(input.shape[:2])
     windows = batch * all_channels // channels * ((width + TILE - 1) // TILE)
-    strips = -(-height // max(1, STRIP // (windows * columns * (channels + TILE))))
+    rows = STRIP // (windows * columns * (channels + TILE))
+    strips = min(STRIPS, -(-height // max(1, rows)))
     return -(-height // strips)
 
 
