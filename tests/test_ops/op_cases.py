@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mmcls_involution.ops import BACKENDS
-from mmcls_involution.ops.backends import reference
+from mmcls_involution.ops.backends import reference, tap_sum
 from mmcls_involution.ops.backends.triton_kernels import LOWEST_TRITON
 from mmcls_involution.ops.modules import GENERATORS
 
@@ -24,6 +24,25 @@ CASES = {
     'one row': ((1, 16, 1, 13), 1, (3, 3), 2, 1, 1),
     'empty batch': ((0, 4, 5, 6), 2, (3, 3), 2, 1, 1),
 }
+
+
+def exact(name, arguments):
+    """The result in float64, by plain PyTorch."""
+    wide = [a.double() if torch.is_tensor(a) else a for a in arguments]
+    return getattr(tap_sum, name)(*wide)
+
+
+def exact_and_scale(name, arguments):
+    """The result in float64, and what the error of its rounding is a part of.
+
+    That is the sum of the absolute terms of each value, which may be far above the
+    value; in half precision, whose last rounding is all that counts, the largest value.
+    """
+    right = exact(name, arguments)
+    if arguments[0].dtype in (torch.float32, torch.float64):
+        terms = [a.abs() if torch.is_tensor(a) else a for a in arguments]
+        return right, exact(name, terms)
+    return right, right.abs().max() if right.numel() else right
 
 
 def of_cases(cases):
