@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mmcls_involution.ops.standard import TILE, window_of
+from mmcls_involution.ops.standard import FEW, TILE, window_of
 
 
 def fused_involution2d(
@@ -79,9 +79,16 @@ def _sum_windows(
     def cut(x: Any, axis: int, start: Any, end: Any) -> Any:
         return op.Slice(x, start, end, ints(axis))
 
+    def transposed(x: Any, dim: int) -> Any:
+        x = op.Transpose(x, perm=[0, 1, 3, 2])
+        if channels > FEW:
+            return x
+        identity = op.EyeLike(op.ConstantOfShape(ints(channels, channels)))
+        identity = op.CastLike(identity, input)
+        return op.MatMul(x, identity) if dim == 3 else op.MatMul(identity, x)
+
     groups, (rows, columns) = sizes
     window = window_of(columns, stride[1], dilation[1])
-    step, pieces = TILE * stride[1], -(-window // (TILE * stride[1]))
     channels = input.shape[1] // groups
     height, width = cut(sides, 0, ints(0), ints(1)), cut(sides, 0, ints(1), ints(2))
     tiles = op.Div(op.Add(width, ints(TILE - 1)), ints(TILE))
@@ -101,39 +108,32 @@ def _sum_windows(
     kernels = cut(kernels, 3, ints(0), ints(TILE * rows * window))
     kernels = op.Reshape(kernels, ints(0, 0, 0, TILE, rows * window))
 
-    # Rows of pixels, cut where tiles begin; as many pieces as a window reaches into.
-    images = op.Reshape(input, ints(0, groups, channels, -1))
-    images = op.Transpose(images, perm=[0, 1, 3, 2])
+    # Rows of pixels in pieces, as many as the windows of a row reach into.
+    images = transposed(op.Reshape(input, ints(0, groups, channels, -1)), 3)
     size = op.Shape(input, start=2)
     images = op.Reshape(images, _joined(0, groups, size, channels))
     images = padded(images, 2, padding[0], padding[0])
-    right = op.Mul(op.Add(tiles, ints(pieces - 1)), ints(step))
-    right = op.Sub(right, op.Add(op.Shape(input, start=3), ints(padding[1])))
-    # A stride may leave pixels that no window sees, and `right` would be negative.
-    images = padded(images, 3, padding[1], op.Add(right, ints(stride[1])))
-    strips = []
-    for start in range(0, pieces * step, step):
-        end = op.Add(op.Mul(tiles, ints(step)), ints(start))
-        strip = cut(images, 3, ints(start), end)
-        strip = op.Reshape(strip, ints(0, groups, -1, step * channels))
-        if window - start < step:
-            strip = cut(strip, 3, ints(0), ints((window - start) * channels))
-        strips.append(strip)
-    strips = op.Concat(*strips, axis=3)
+    line = op.Mul(op.Sub(tiles, ints(1)), ints(stride[1]))
+    line = op.Add(line, ints(window // TILE))
+    right = op.Sub(op.Mul(line, ints(TILE)), op.Shape(input, start=3))
+    images = padded(images, 3, padding[1], op.Sub(right, ints(padding[1])))
+    images = op.Reshape(images, ints(0, groups, -1, TILE * channels))
 
     zero, one = (op.Constant(value_int=value) for value in (0, 1))
-    lines, places = (
-        op.Range(zero, op.Squeeze(count, ints(0)), one) for count in (height, tiles)
-    )
-    lines = op.Mul(lines, op.Mul(tiles, ints(stride[0])))
-    lines = op.Add(op.Unsqueeze(lines, ints(1, 2)), op.Unsqueeze(places, ints(1)))
-    taps = op.Mul(ints(*(u * dilation[0] for u in range(rows))), tiles)
-    lines = op.Reshape(op.Add(lines, taps), ints(-1))
-    windows = op.Gather(strips, lines, axis=2)
+
+    def steps(count: Any, length: Any, *axes: int) -> Any:
+        numbers = op.Range(zero, op.Squeeze(count, ints(0)), one)
+        return op.Unsqueeze(op.Mul(numbers, length), ints(*axes))
+
+    places = steps(height, op.Mul(line, ints(stride[0])), 1, 2, 3)
+    places = op.Add(places, steps(tiles, ints(stride[1]), 1, 2))
+    places = op.Add(places, steps(ints(rows), op.Mul(line, ints(dilation[0])), 1))
+    places = op.Add(places, op.Constant(value_ints=range(window // TILE)))
+    windows = op.Gather(images, op.Reshape(places, ints(-1)), axis=2)
     shape = _joined(0, 0, op.Mul(height, tiles), rows * window, channels)
     out = op.MatMul(kernels, op.Reshape(windows, shape))
     out = op.Reshape(out, ints(0, 0, -1, channels))
-    out = op.Transpose(out, perm=[0, 1, 3, 2])
+    out = transposed(out, 2)
     sides_of_tiles = _joined(height, op.Mul(tiles, ints(TILE)))
     out = op.Reshape(out, _joined(0, groups * channels, sides_of_tiles))
     return cut(out, 3, ints(0), width)

@@ -3,15 +3,19 @@
 A sum over K*K shifted images is 150 small operators. Here a window of ``TILE`` outputs
 of one row is one matrix product instead: its K rows of pixels, ``[K*width, C/G]``, are
 multiplied by a matrix ``[TILE, K*width]`` that has each output's kernel shifted to
-where that output lies. Slices cut the rows into windows, and a gather puts K of them
-together. The shift is one copy: a row that is ``stride`` longer than its pitch, read
-with the pitch, lies ``stride`` further on. Where kernels are generated, the convolution
-that spans them writes the zeros between.
+where that output lies. Rows are pieces of ``TILE`` pixels, as many as a window reaches
+into, and a gather puts the pieces of a window together. The shift is one copy: a row
+that is ``stride`` longer than its pitch, read with the pitch, lies ``stride`` further
+on. Where kernels are generated, the convolution that spans them writes the zeros
+between.
 
 Windows keep the order of the image, rows of it before tiles, so that each transposition
-of pixels moves one axis alone: ONNX Runtime took ten times as long for the others.
+of pixels moves one axis alone: ONNX Runtime took ten times as long for the others. It
+transposes, cuts, pads and joins with one thread, but gathers and multiplies with all of
+them. So pieces are not cut, and the few channels of a group are transposed by a
+multiplication with the identity, which it does in one with the transposition.
 
-Windows and kernels hold 13 and 1.9 times the values that they are made of. Where sizes
+Windows and kernels hold 14 and 2 times the values that they are made of. Where sizes
 are fixed they are made and multiplied for a few rows of the output after the other, of
 as many as a cache holds. Else sizes may be symbols, of torch.export or of
 torch.jit.trace.
@@ -30,6 +34,9 @@ TILE = 7  # of a feature map's sides at 224 pixels, and the fastest of 4, 7, 8 a
 STRIP = 2**20  # values of windows and kernels at a time, the fastest of 2**18 to 2**21
 PARTS = 8  # of a batch at most, for the file grows with their number
 STRIPS = 16  # of a part at most, for the same reason
+FEW = (
+    16  # channels of a group at most whose pixels a product transposes: 32 gain nothing
+)
 
 _kept = _fixed = False
 
@@ -114,11 +121,11 @@ def fused_involution2d(
     def of_images(input: Tensor, reduced: Tensor) -> Tensor:
         line = width + -width % TILE
         pixels = F.pad(reduced, (0, line - width, 0, 0, 0, more), value=1.0)
-        pixels = pixels.reshape(-1, 1, pixels.shape[1], height * line).transpose(2, 3)
+        pixels = pixels.reshape(-1, 1, _sizes(pixels.shape)[1], height * line)
         channels = _sizes(input.shape)[1] // groups
         rows = _rows(input, size, channels, kernel_size[0] * window)
-        pixels = _split(pixels, rows * line, 2)
-        strips = (torch.matmul(some, span) for some in pixels)
+        pixels = _split(pixels, rows * line, 3)
+        strips = (torch.matmul(some.transpose(2, 3), span) for some in pixels)
         sizes = channels, rows, kernel_size, size
         return _sum_windows(input, strips, *sizes, stride, padding, dilation)
 
@@ -199,8 +206,9 @@ def grad_of_weight(
 
 
 def window_of(taps: int, stride: int, dilation: int) -> int:
-    """Pixels of one row that a tile's outputs see."""
-    return (TILE - 1) * stride + (taps - 1) * dilation + 1
+    """Pixels of one row that a tile's outputs see, in whole pieces of ``TILE``."""
+    pixels = (TILE - 1) * stride + (taps - 1) * dilation + 1
+    return pixels + -pixels % TILE
 
 
 def _spread(kernels: Tensor, window: int, stride: int, dilation: int) -> Tensor:
@@ -267,40 +275,42 @@ def _sum_windows(
     pitch = columns + stride[1]
 
     all_channels, *sides = _sizes(input.shape[1:])
-    # A row of pixels is cut where tiles begin. A window is such a piece and the next,
-    # or as many as it reaches into.
-    groups, step = all_channels // channels, TILE * stride[1]
-    pieces = (window + step - 1) // step
-    right = (tiles + pieces - 1) * step - sides[1] - padding[1]
-    # A stride may leave pixels that no window sees, and `right` would be negative.
-    pad = (0, 0, padding[1], right + stride[1], padding[0], padding[0])
+    groups, pieces = all_channels // channels, window // TILE
+    line = (tiles - 1) * stride[1] + pieces
+    right = line * TILE - sides[1] - padding[1]  # below 0 for pixels no window sees
+    lines = sides[0] + 2 * padding[0]
     images = input.reshape(-1, groups, channels, sides[0] * sides[1])
-    images = images.transpose(2, 3).reshape(-1, groups, *sides, channels)
-    images = F.pad(images, pad)
-    lines_of_images = _sizes(images.shape)[2]
-    strips = []
-    for first in range(0, pieces * step, step):
-        strip = images[:, :, :, first : first + tiles * step]
-        strip = strip.reshape(-1, groups, lines_of_images * tiles, step * channels)
-        last = window - first < step
-        strips.append(strip[..., : (window - first) * channels] if last else strip)
-    strips = torch.cat(strips, dim=3)
-    device = input.device
-    lines = torch.arange(height, device=device) * stride[0] * tiles
-    lines = lines[:, None, None] + torch.arange(tiles, device=device)[:, None]
-    taps = torch.arange(kernel_size[0], device=device) * dilation[0] * tiles
-    lines = (lines + taps).flatten()
+    images = _transposed(images, channels, 3).reshape(-1, groups, *sides, channels)
+    images = F.pad(images, (0, 0, padding[1], right, padding[0], padding[0]))
+    images = images.reshape(-1, groups, lines * line, TILE * channels)
+
+    def steps(count: int, length: int) -> Tensor:
+        return torch.arange(count, device=input.device) * length
+
+    of_outputs = steps(height, stride[0] * line)[:, None] + steps(tiles, stride[1])
+    of_taps = steps(kernel_size[0], dilation[0] * line)[:, None] + steps(pieces, 1)
+    places = (of_outputs[..., None, None] + of_taps).flatten()
 
     out = []
-    of_rows = _split(lines, rows * tiles * kernel_size[0], 0)
-    for some, lines in zip(kernels, of_rows, strict=True):
+    of_rows = _split(places, rows * tiles * kernel_size[0] * pieces, 0)
+    for some, places in zip(kernels, of_rows, strict=True):
         count = _sizes(some.shape)[2] // TILE
         some = some.reshape(-1, groups, count, TILE * pitch)
         some = some[..., : TILE * columns]
         some = some.reshape(-1, groups, count, TILE, columns)
-        windows = strips.index_select(2, lines)
+        windows = images.index_select(2, places)
         windows = windows.reshape(-1, groups, count, columns, channels)
         out.append(torch.matmul(some, windows))  # N, G, rows*tiles, TILE, C/G
     out = torch.cat(out, dim=2) if len(out) > 1 else out[0]
-    out = out.reshape(-1, groups, height * tiles * TILE, channels).transpose(2, 3)
+    out = out.reshape(-1, groups, height * tiles * TILE, channels)
+    out = _transposed(out, channels, 2)
     return out.reshape(-1, all_channels, height, tiles * TILE)[..., :width]
+
+
+def _transposed(x: Tensor, channels: int, dim: int) -> Tensor:
+    """[N, G, A, B] to [N, G, B, A], where `channels` are dimension `dim`."""
+    x = x.transpose(2, 3)
+    if channels > FEW:
+        return x
+    identity = torch.eye(channels, dtype=x.dtype, device=x.device)
+    return torch.matmul(x, identity) if dim == 3 else torch.matmul(identity, x)

@@ -93,12 +93,14 @@ def test_other_generators(generator, exporter, tmp_path):
 
 @needs_onnx
 @pytest.mark.parametrize('fused', [True, False])
-@pytest.mark.parametrize('batch, strips', [(1, 3), (5, 11 + 6)])
-def test_fixed_sizes_are_written_in_strips(batch, strips, fused, tmp_path, monkeypatch):
+@pytest.mark.parametrize('batch, parts, strips', [(1, 1, 3), (5, 2, 11 + 6)])
+def test_fixed_sizes_are_written_in_strips(
+    batch, parts, strips, fused, tmp_path, monkeypatch
+):
     """11 rows: 4, 4 and 3; of three images one at a time, of two images two."""
     import onnx
 
-    row_of_an_image = 2 * 2 * 45 * (8 + 7)  # groups, tiles, windows, their channels
+    row_of_an_image = 2 * 2 * 63 * (8 + 7)  # groups, tiles, windows, their channels
     monkeypatch.setattr(standard, 'STRIP', 4 * row_of_an_image)
     monkeypatch.setattr(standard, 'PARTS', 2)
     layer = Involution2d(16, 3, stride=2, fused=fused, group_channels=8)
@@ -107,8 +109,10 @@ def test_fixed_sizes_are_written_in_strips(batch, strips, fused, tmp_path, monke
     export.export_onnx(model, image, file)
     export.compare(model, export.load(file, 'onnx', threads=1), [tuple(image.shape)])
     nodes = [node.op_type for node in onnx.load(file).graph.node]
-    # A product of windows and kernels, and where these are generated one before it.
-    assert nodes.count('MatMul') == strips * (2 if fused else 1)
+    # A product of windows and kernels, and where these are generated one before it; in
+    # each part pixels are transposed by two.
+    assert nodes.count('MatMul') == strips * (2 if fused else 1) + 2 * parts
+    assert nodes.count('Gather') == strips
 
 
 @needs_onnx

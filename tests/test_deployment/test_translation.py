@@ -27,7 +27,9 @@ each_operator = pytest.mark.parametrize('operator', ['standard', 'custom'])
         (False, dict(kernel_size=7, stride=2)),
         (True, dict(kernel_size=3, stride=3, dilation=3)),
         (False, dict(kernel_size=5, dilation=2)),
+        (True, dict(kernel_size=3, group_channels=32)),
         (True, dict(kernel_size=1)),
+        (False, dict(kernel_size=1, stride=8)),  # 7 pixels that no window sees
     ],
     ids=str,
 )

@@ -24,7 +24,7 @@ def test_standard_operators_agree_with_the_reference(turn, fixed, monkeypatch):
     padding = [random.choice([0, kernel // 2 * d]) for d in dilation]
     size = random.randint(20, 30), random.randint(20, 45)
     batch, groups, reduced = (random.randint(1, 3) for _ in range(3))
-    channels = groups * random.choice([1, 4, 16])
+    channels = groups * random.choice([1, 4, 16, 20])
     arguments = stride, padding, dilation
     height, width = (
         (s + 2 * p - d * (kernel - 1) - 1) // step + 1
@@ -59,3 +59,14 @@ def test_standard_operators_agree_with_the_reference(turn, fixed, monkeypatch):
         with form_of_sizes():
             found = form(image, small, span, bias, (kernel, kernel), *arguments)
         torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize('kernel, stride, width', [(3, 3, 23), (1, 8, 56), (3, 2, 15)])
+def test_pixels_at_the_end_that_no_window_sees(kernel, stride, width):
+    image = torch.randn(1, 4, kernel, width, dtype=torch.float64)
+    outputs = (width - kernel) // stride + 1
+    weight = torch.randn(1, 1, kernel, kernel, 1, outputs, dtype=torch.float64)
+    arguments = (stride, stride), (0, 0), (1, 1)
+    expected = involution2d(image, weight, *arguments, backend='reference')
+    found = standard.involution2d(image, weight, *arguments)
+    torch.testing.assert_close(found, expected)
