@@ -144,6 +144,49 @@ def runtimes(monkeypatch):
     return importlib.import_module('benchmark_runtimes')
 
 
+@pytest.fixture
+def utils(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module('benchmark_utils')
+
+
+def test_exchange_waits_for_the_other_process(utils, monkeypatch):
+    """Each number comes back before the next is sent, and nobody waits afterwards."""
+    if utils.available_cores() < 2:
+        pytest.skip('two processes need two cores')
+    children = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        utils.subprocess,
+        'Popen',
+        lambda *args: children.append(popen(*args)) or children[-1],
+    )
+    # The speed of light allows less than this to no two cores.
+    assert utils.time_exchange(200) > 1e-9
+    monkeypatch.setattr(utils, '_ANSWER', 'pass')
+    with pytest.raises(RuntimeError, match='ended at its start'):
+        utils.time_exchange(200)
+    assert [child.poll() is None for child in children] == [False, False]
+
+
+@pytest.mark.parametrize(('cores', 'threads'), [(2, 1), (1, 2), (2, 2)])
+def test_runtimes_say_how_far_apart_threads_were(
+    cores, threads, runtimes, monkeypatch, capsys
+):
+    times = iter([3e-7, 2e-7, 6e-7, 5e-7])
+    monkeypatch.setattr(runtimes, 'available_cores', lambda: cores)
+    monkeypatch.setattr(runtimes, 'time_exchange', lambda: next(times))
+    models = {name: Features() for name in ('RedNet', 'ResNet')}
+    before = torch.get_num_threads()
+    try:
+        rows = runtimes.compare_runtimes(models, ['eager'], ['1x3x9x9'], [threads], 1)
+    finally:
+        torch.set_num_threads(before)
+    assert [row['runtime'] for row in rows] == ['eager']
+    said = 'numbers are exchanged in 200 to 600 ns' in capsys.readouterr().out
+    assert said == (cores == threads == 2)
+
+
 class Features(nn.Module):
     """A backbone of one convolution, or of an involution behind it."""
 

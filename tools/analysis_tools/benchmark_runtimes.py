@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmark_utils import time_in_turns
+from benchmark_utils import available_cores, time_exchange, time_in_turns
 from torch import Tensor, nn
 
 from mmcls_involution.console import console
@@ -136,7 +136,8 @@ def compare_runtimes(
 
     Returns:
         list[dict]: A row for each shape, number of threads and runtime. One that cannot
-        run has NaN in place of figures, and the reason as its note.
+        run has NaN in place of figures, and the reason as its note. How far apart two
+        threads were is printed, see :func:`benchmark_utils.time_exchange`.
 
     Raises:
         UserError: If a runtime's output differs from PyTorch's by more than 1e-5 of
@@ -155,7 +156,14 @@ def compare_runtimes(
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             runs, notes = _prepare(models, runtimes, image, Path(folder), count)
             calls = {key: partial(run, image) for key, run in runs.items()}
+            exchanges: list[float] = []
+            if min(count, available_cores()) > 1:
+                calls['exchange'] = lambda kept=exchanges: kept.append(time_exchange())
             seconds = time_in_turns(calls, 'cpu', rounds, label, settle=True)
+            seconds.pop('exchange', None)
+        if exchanges:
+            low, high = (round(f(exchanges) * 1e9) for f in (min, max))
+            console.print(f'{label}: numbers are exchanged in {low} to {high} ns')
         best = min(
             (value for (_, name), value in seconds.items() if name == 'ResNet'),
             default=torch.nan,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import mmap
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -139,6 +142,60 @@ def copy_bandwidth(device: str, megabytes: int = 256) -> float:
         {'copy': lambda: target.copy_(source)}, device, 5, 'copy bandwidth'
     )['copy']
     return 2 * source.nbytes / seconds
+
+
+# Of time_exchange: answers each number with the same one, as long as it is asked.
+_ANSWER = """
+import mmap, os, sys
+parent, last = os.getppid(), 0
+with open(sys.argv[1], 'r+b') as file:
+    cells = mmap.mmap(file.fileno(), 0)
+while os.getppid() == parent:
+    for _ in range(100_000):
+        if cells[0] != last:
+            last = cells[128] = cells[0]
+"""
+
+
+def available_cores() -> int:
+    """Number of processor cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def time_exchange(exchanges: int = 20_000) -> float:
+    """Seconds that a number takes to another process and back, both waiting for it.
+
+    The median of a hundred parts. Python's own share is most of it where the two run on
+    cores that share a cache. Where they share none it is three times as long, and so is
+    what threads lose that work on each other's results. Which it is may change from one
+    minute to the next where a host moves a virtual machine's cores. It needs two cores.
+    """
+    parts = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'cells'
+        path.write_bytes(bytes(256))
+        command = [sys.executable, '-c', _ANSWER, str(path)]
+        with path.open('r+b') as file, mmap.mmap(file.fileno(), 0) as cells:
+            child = subprocess.Popen(command)
+            try:
+                cells[0] = 1
+                while cells[128] != 1:
+                    if child.poll() is not None:
+                        raise RuntimeError(f'{sys.executable} ended at its start')
+                for _ in range(100):
+                    start = time.perf_counter()
+                    for i in range(exchanges // 100):
+                        number = 2 + i % 2  # never the one before
+                        cells[0] = number
+                        while cells[128] != number:
+                            pass
+                    parts.append((time.perf_counter() - start) / (exchanges // 100))
+            finally:
+                child.kill()
+                child.wait()
+    return statistics.median(parts)
 
 
 def describe_machine(device: str) -> str:
