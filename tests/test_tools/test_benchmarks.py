@@ -173,7 +173,7 @@ def test_exchange_waits_for_the_other_process(utils, monkeypatch):
 def test_runtimes_say_how_far_apart_threads_were(
     cores, threads, runtimes, monkeypatch, capsys
 ):
-    times = iter([3e-7, 2e-7, 6e-7, 5e-7])
+    times = iter([4e-7, 2e-7, 6e-7, 5e-7])
     monkeypatch.setattr(runtimes, 'available_cores', lambda: cores)
     monkeypatch.setattr(runtimes, 'time_exchange', lambda: next(times))
     models = {name: Features() for name in ('RedNet', 'ResNet')}
@@ -183,8 +183,9 @@ def test_runtimes_say_how_far_apart_threads_were(
     finally:
         torch.set_num_threads(before)
     assert [row['runtime'] for row in rows] == ['eager']
-    said = 'numbers are exchanged in 200 to 600 ns' in capsys.readouterr().out
-    assert said == (cores == threads == 2)
+    said = capsys.readouterr().out.replace('\n', ' ')
+    figures = 'numbers in 200 to 600 ns, half of the times in less than 450'
+    assert (figures in said) == (cores == threads == 2)
 
 
 class Features(nn.Module):
