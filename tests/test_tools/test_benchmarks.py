@@ -140,18 +140,17 @@ def test_the_named_gpu_is_the_current_one(name, monkeypatch):
 
 @pytest.fixture
 def runtimes(monkeypatch):
+    """It leaves torch the number of threads of its last row."""
     monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module('benchmark_runtimes')
+    threads = torch.get_num_threads()
+    yield importlib.import_module('benchmark_runtimes')
+    torch.set_num_threads(threads)
 
 
-@pytest.fixture
-def utils(monkeypatch):
-    monkeypatch.syspath_prepend(TOOLS)
-    return importlib.import_module('benchmark_utils')
-
-
-def test_exchange_waits_for_the_other_process(utils, monkeypatch):
+def test_exchange_waits_for_the_other_process(monkeypatch):
     """Each number comes back before the next is sent, and nobody waits afterwards."""
+    monkeypatch.syspath_prepend(TOOLS)
+    utils = importlib.import_module('benchmark_utils')
     if utils.available_cores() < 2:
         pytest.skip('two processes need two cores')
     children = []
@@ -162,11 +161,15 @@ def test_exchange_waits_for_the_other_process(utils, monkeypatch):
         lambda *args: children.append(popen(*args)) or children[-1],
     )
     # The speed of light allows less than this to no two cores.
-    assert utils.time_exchange(200) > 1e-9
+    assert utils.time_exchange(2) > 1e-9
+    slow = utils._ANSWER.replace('last = cells', 'time.sleep(1e-3); last = cells')
+    monkeypatch.setattr(utils, '_ANSWER', slow.replace('mmap, os', 'mmap, os, time'))
+    for exchanges in (1, 2):
+        assert utils.time_exchange(exchanges) > 1e-3
     monkeypatch.setattr(utils, '_ANSWER', 'pass')
     with pytest.raises(RuntimeError, match='ended at its start'):
-        utils.time_exchange(200)
-    assert [child.poll() is None for child in children] == [False, False]
+        utils.time_exchange(2)
+    assert [child.poll() is None for child in children] == [False] * 4
 
 
 @pytest.mark.parametrize(('cores', 'threads'), [(2, 1), (1, 2), (2, 2)])
@@ -177,11 +180,7 @@ def test_runtimes_say_how_far_apart_threads_were(
     monkeypatch.setattr(runtimes, 'available_cores', lambda: cores)
     monkeypatch.setattr(runtimes, 'time_exchange', lambda: next(times))
     models = {name: Features() for name in ('RedNet', 'ResNet')}
-    before = torch.get_num_threads()
-    try:
-        rows = runtimes.compare_runtimes(models, ['eager'], ['1x3x9x9'], [threads], 1)
-    finally:
-        torch.set_num_threads(before)
+    rows = runtimes.compare_runtimes(models, ['eager'], ['1x3x9x9'], [threads], 1)
     assert [row['runtime'] for row in rows] == ['eager']
     said = capsys.readouterr().out.replace('\n', ' ')
     figures = 'numbers in 200 to 600 ns, half of the times in less than 450'

@@ -164,15 +164,23 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
-def time_exchange(exchanges: int = 20_000) -> float:
+def time_exchange(exchanges: int = 200) -> float:
     """Seconds that a number takes to another process and back, both waiting for it.
 
     The median of a hundred parts. Python's own share is most of it where the two run on
-    cores that share a cache. Where they share none it is three times as long, and so is
-    what threads lose that work on each other's results. Which it is may change from one
-    minute to the next where a host moves a virtual machine's cores. It needs two cores.
+    cores that share a cache. Where they share none it is two to three times as long,
+    and threads that work on each other's results lose by it. Which it is may change
+    from one minute to the next where a host moves a virtual machine's cores. It needs
+    two cores.
+
+    Args:
+        exchanges (int): Of each part. Defaults to 200.
+
+    Raises:
+        RuntimeError: If the other process ends before it answers.
     """
     parts = []
+    number = 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'cells'
         path.write_bytes(bytes(256))
@@ -180,18 +188,18 @@ def time_exchange(exchanges: int = 20_000) -> float:
         with path.open('r+b') as file, mmap.mmap(file.fileno(), 0) as cells:
             child = subprocess.Popen(command)
             try:
-                cells[0] = 1
-                while cells[128] != 1:
+                cells[0] = number
+                while cells[128] != number:
                     if child.poll() is not None:
                         raise RuntimeError(f'{sys.executable} ended at its start')
                 for _ in range(100):
                     start = time.perf_counter()
-                    for i in range(exchanges // 100):
-                        number = 2 + i % 2  # never the one before
+                    for _ in range(exchanges):
+                        number = 3 - number  # never the one before
                         cells[0] = number
                         while cells[128] != number:
                             pass
-                    parts.append((time.perf_counter() - start) / (exchanges // 100))
+                    parts.append((time.perf_counter() - start) / exchanges)
             finally:
                 child.kill()
                 child.wait()
