@@ -34,7 +34,7 @@ TILE = 7  # of a feature map's sides at 224 pixels, and the fastest of 4, 7, 8 a
 STRIP = 2**20  # values of windows and kernels at a time, the fastest of 2**18 to 2**21
 PARTS = 8  # of a batch at most, for the file grows with their number
 STRIPS = 16  # of a part at most, for the same reason
-FEW = 16  # channels of a group whose pixels a product transposes: 32 gain nothing
+FEW = 16  # channels of a group at most that a product transposes: 32 gain nothing
 
 _kept = _fixed = False
 
